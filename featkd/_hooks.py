@@ -1,0 +1,120 @@
+"""The hooks of a tap: they write to its store, which they know weakly."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Store:
+    """What the hooks of one tap write to."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.grad_enabled = False
+        # Alias -> (tensor, its version at the capture, None where it cannot have changed).
+        self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
+
+
+class _Hook:
+    """Plain dict and list writes, which compile without a graph break; a copy of it is inert."""
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        alias: str = "",
+        path: str = "",
+        keys: tuple[str, ...] = (),
+        clone: bool = True,
+    ) -> None:
+        self.store = None if store is None else weakref.ref(store)
+        self.alias = alias
+        self.path = path
+        self.keys = keys
+        self.clone = clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def _open_store(self, module: nn.Module) -> Store | None:
+        store = None if self.store is None else self.store()
+        if store is None or not store.armed:
+            return None
+        # Inside a backward this is activation checkpointing that runs the forward again.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return None
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "`model` must not run as replicas of nn.DataParallel, which share one tap between "
+                f"threads, got one at {self.path!r}: use DistributedDataParallel."
+            )
+        return store
+
+    def _capture(self, store: Store, value: Any) -> None:
+        for key in self.keys:
+            value = _select(value, key, self.alias, self.path)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"`layers[{self.alias!r}]` must select a tensor, got {_describe(value)} at "
+                f"{self.path!r}: append the item to take, such as '{self.path}[KEY]'."
+            )
+        if self.clone:
+            store.captured.setdefault(self.alias, []).append((value.clone(), None))
+        else:
+            tracked = not torch.compiler.is_compiling() and not value.is_inference()
+            version = value._version if tracked else None
+            store.captured.setdefault(self.alias, []).append((value, version))
+
+
+class OutputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        store = self._open_store(module)
+        if store is not None:
+            self._capture(store, output)
+
+
+class InputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        store = self._open_store(module)
+        if store is None:
+            return
+        inputs = {str(index): value for index, value in enumerate(args)} | kwargs
+        # One input needs no selector.
+        only = not self.keys and len(inputs) == 1
+        self._capture(store, next(iter(inputs.values())) if only else inputs)
+
+
+class RootHook(_Hook):
+    """Notes whether gradients are on where the model is called."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        store = self._open_store(module)
+        if store is not None:
+            store.grad_enabled = torch.is_grad_enabled()
+
+
+def _select(value: Any, key: str, alias: str, path: str) -> Any:
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+    elif isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", key):
+        if -len(value) <= int(key) < len(value):
+            return value[int(key)]
+    elif hasattr(value, key):
+        return getattr(value, key)
+    raise ValueError(
+        f"`layers[{alias!r}]` must select what is there, got [{key}] for {_describe(value)} at "
+        f"{path!r}."
+    )
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{kind} with the keys {[str(key) for key in value]}"
+    return f"{kind} of {len(value)}" if isinstance(value, list | tuple) else kind

@@ -1,0 +1,117 @@
+"""The sums over all pairs of positions, without the matrix of pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._precision import full_precision
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`softmax(scale * query key^T) value`; `(B, N, D), (B, M, D), (B, M, E) -> (B, N, E)`."""
+    if torch.compiler.is_compiling():
+        return _fused_attention(query, key, value, scale)
+    result: Tensor = _Attend.apply(query, key, value, scale)
+    return result
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    # The memory-efficient kernels want one width for all, a multiple of 8; zeros add nothing.
+    width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).unsqueeze(1) for x in (query, key, value))
+    with full_precision(query):
+        result = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return result.squeeze(1)[..., : value.shape[-1]]
+
+
+class _Attend(torch.autograd.Function):
+    """The fused kernels, whose backward cannot be differentiated, with one that can where asked."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return _fused_attention(query, key, value, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+                output = _fused_attention(q, k, v, ctx.scale)
+            return *torch.autograd.grad(output, (q, k, v), grad), None
+        with full_precision(query):
+            weights = (ctx.scale * query @ key.mT).softmax(-1)
+            to_weights = grad @ value.mT
+            to_logits = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
+            to_query = ctx.scale * to_logits @ key
+            to_key = ctx.scale * to_logits.mT @ query
+            return to_query, to_key, weights.mT @ grad, None
+
+
+def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`; O(N log N)."""
+    if torch.compiler.is_compiling():
+        return _prefix_sums(theta, phi, g)[1]
+    result: Tensor = _RectifiedSums.apply(theta, phi, g)[1]
+    return result
+
+
+def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the keys with `theta_i + phi_j > 0` of `g_j` and of `(theta_i + phi_j) g_j`.
+
+    For each query these keys are the first few in the order of falling `phi`.
+    """
+    # The sum theta + phi bears any shift; with centred keys the two terms below cancel least. The
+    # mean also carries a NaN to every query, as the double loop would.
+    centre = phi.detach().mean(1, keepdim=True)
+    theta, phi = theta + centre, phi - centre
+    falling, order = (-phi).sort(dim=1)
+    count = torch.searchsorted(falling.detach(), theta.detach().contiguous())
+    keys = g.gather(2, order[:, None].expand_as(g))
+    sums = F.pad(keys.cumsum(2), (1, 0))
+    moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))
+    index = count[:, None].expand(-1, g.shape[1], -1)
+    step = sums.gather(2, index)
+    # A NaN or inf in a key that no query takes is not hidden: 0 * NaN.
+    rectified = theta[:, None] * step + moments.gather(2, index) + 0 * sums[..., -1:]
+    return step, rectified
+
+
+class _RectifiedSums(torch.autograd.Function):
+    """Both sums; their gradients are the same sums with queries and keys in each other's place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return _prefix_sums(theta, phi, g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        theta, phi, g, step = ctx.saved_tensors
+        from_step, from_rectified = grads
+        to_theta = to_phi = to_g = None
+        if from_rectified is not None:
+            swapped_step, to_g = _RectifiedSums.apply(phi, theta, from_rectified)
+            to_theta = (from_rectified * step).sum(1)
+            to_phi = (g * swapped_step).sum(1)
+        if from_step is not None:
+            to_g_too = _RectifiedSums.apply(phi, theta, from_step)[0]
+            to_g = to_g_too if to_g is None else to_g + to_g_too
+        return to_theta, to_phi, to_g

@@ -1,0 +1,22 @@
+"""The losses compute in at least float32 with autocast off, whatever comes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The widest dtype among `tensors`, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def full_precision(tensor: Tensor) -> Any:
+    """A context in which matrix products and convolutions on `tensor`'s device are not autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,38 @@
+"""The L2 norm per image, and what becomes of the batch of norms."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._checks import require_choice
+
+Reduction = Literal["none", "mean", "sum", "norm"]
+
+
+def require_reduction(reduction: object) -> None:
+    require_choice("reduction", reduction, get_args(Reduction))
+
+
+def norm_per_image(x: Tensor) -> Tensor:
+    """`(B, ...) -> (B,)`: the L2 norm over all dimensions but the first; its gradient at 0 is 0."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())))
+    return norm
+
+
+def relative_to(distances: Tensor, norms: Tensor) -> Tensor:
+    """`distances / norms`, image by image; an image whose norm is 0 stays undivided."""
+    return distances / torch.where(norms == 0, torch.ones_like(norms), norms)
+
+
+def reduce_distances(distances: Tensor, reduction: Reduction) -> Tensor:
+    """`(B,)` distances to what `reduction` asks for; an empty batch gives a differentiable 0."""
+    if reduction == "none":
+        return distances
+    if reduction == "norm":
+        norm: Tensor = torch.linalg.vector_norm(distances)
+        return norm
+    total = distances.sum()
+    return total if reduction == "sum" else total / max(distances.shape[0], 1)

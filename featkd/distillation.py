@@ -1,0 +1,209 @@
+"""The overall loss, alpha L_AT + beta L_AM + gamma L_NLD, over the levels of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import require_flag, require_tensor
+from ._precision import compute_dtype
+from .adapters import prepare_pair, require_resize
+from .hyperparameters import Hyperparameters
+from .masked import AttentionMaskedLoss
+from .non_local import NonLocalLoss
+from .transfer import AttentionTransferLoss
+
+Features = Tensor | Mapping[str, Tensor]
+SINGLE_LEVEL = "features"
+T = TypeVar("T")
+
+
+class FeatureDistillationLoss(nn.Module):
+    r"""The overall distillation loss, summed over the levels.
+
+    .. math:: L = \alpha \, L_{AT} + \beta \, L_{AM} + \gamma \, L_{NLD}
+
+    A weight of 0 skips that term's work and builds no parameters for it.
+
+    Args:
+        student_channels: C_S for one level, or a mapping from level name to C_S.
+        teacher_channels: C_T likewise, with the same levels.
+        hyperparameters: :data:`TWO_STAGE`, :data:`ONE_STAGE`, :data:`RELEASED_TWO_STAGE`,
+            :data:`RELEASED_ONE_STAGE` or one's own :class:`Hyperparameters`.
+        inter_channels, subsample: of the relations, see :class:`featkd.NonLocalRelation`; one value
+            or a mapping from level name to value.
+        resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
+            `"bicubic"`: the student's features are resized to the teacher's H x W.
+        normalize: divide each term, per image and level, by its value for an all-zero student (the
+            teacher's own norm under the same masks), so that one set of weights carries over from
+            model to model (beyond the paper). `None` takes the hyperparameters' field.
+
+    Shape: tensors, student `(B, C_S, H, W)` and teacher `(B, C_T, H, W)`, or mappings from level
+    names to such tensors.
+
+    Returns:
+        `{"attention_transfer": ..., "attention_masked": ..., "non_local": ...}`, each weighted and
+        summed over the levels, so that `sum((detector_losses | distillation_losses).values())` is
+        the training loss.
+
+    Raises:
+        TypeError: a mapping stands where a tensor belongs or the other way round, or a tensor is
+            not floating-point.
+        ValueError: levels, channels or shapes do not fit.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from featkd import ONE_STAGE
+        >>> channels = {"c3": 16, "c4": 32}
+        >>> loss = FeatureDistillationLoss(channels, channels, hyperparameters=ONE_STAGE)
+        >>> maps = {"c3": torch.randn(2, 16, 8, 12), "c4": torch.randn(2, 32, 4, 6)}
+        >>> sorted(loss(maps, maps))
+        ['attention_masked', 'attention_transfer', 'non_local']
+    """
+
+    def __init__(
+        self,
+        student_channels: int | Mapping[str, int],
+        teacher_channels: int | Mapping[str, int],
+        *,
+        hyperparameters: Hyperparameters,
+        inter_channels: int | Mapping[str, int | None] | None = None,
+        subsample: int | Mapping[str, int] = 1,
+        resize: str | None = None,
+        normalize: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(hyperparameters, Hyperparameters):
+            found = type(hyperparameters).__name__
+            raise TypeError(f"`hyperparameters` must be a Hyperparameters, got {found}.")
+        require_resize(resize)
+        if normalize is None:
+            normalize = hyperparameters.normalize
+        require_flag("normalize", normalize)
+        self.hyperparameters = hyperparameters
+        self.resize = resize
+        self.normalize = normalize
+        self.single = not isinstance(student_channels, Mapping)
+        self.levels = _level_names(student_channels)
+        ours = _per_level("student_channels", student_channels, self.levels)
+        theirs = _per_level("teacher_channels", teacher_channels, self.levels)
+        if isinstance(teacher_channels, Mapping) == self.single:
+            rule = "an integer" if self.single else "a mapping"
+            found = type(teacher_channels).__name__
+            raise TypeError(
+                f"`teacher_channels` must be {rule}, as `student_channels` is, got {found}."
+            )
+        self.channels = {level: (ours[level], theirs[level]) for level in self.levels}
+        widths = _per_level("inter_channels", inter_channels, self.levels)
+        factors = _per_level("subsample", subsample, self.levels)
+
+        self.attention_transfer = nn.ModuleDict()
+        self.attention_masked = nn.ModuleDict()
+        self.non_local = nn.ModuleDict()
+        settings = hyperparameters
+        for level, channels in self.channels.items():
+            if settings.alpha:
+                self.attention_transfer[_module_name(level)] = AttentionTransferLoss(
+                    *channels,
+                    attention=settings.transfer_attention,
+                    absolute=settings.absolute,
+                    reduction=settings.reduction,
+                    normalize=normalize,
+                )
+            if settings.beta:
+                self.attention_masked[_module_name(level)] = AttentionMaskedLoss(
+                    *channels,
+                    temperature=settings.temperature,
+                    fusion=settings.fusion,
+                    attention=settings.masked_attention,
+                    reduction=settings.reduction,
+                    normalize=normalize,
+                )
+            if settings.gamma:
+                self.non_local[_module_name(level)] = NonLocalLoss(
+                    *channels,
+                    kind=settings.kind,
+                    inter_channels=widths[level],
+                    subsample=factors[level],
+                    residual=settings.residual,
+                    teacher_relation=settings.teacher_relation,
+                    reduction=settings.reduction,
+                    normalize=normalize,
+                )
+
+    def extra_repr(self) -> str:
+        return f"{self.hyperparameters}, resize={self.resize!r}, normalize={self.normalize}"
+
+    def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
+        ours = self._levels_of("student_features", student_features)
+        theirs = self._levels_of("teacher_features", teacher_features)
+        names = ("student_features", "teacher_features")
+        pairs = {}
+        for level, channels in self.channels.items():
+            at_level = names if self.single else tuple(f"{name}[{level!r}]" for name in names)
+            pairs[level] = prepare_pair(
+                ours[level], theirs[level], channels, self.resize, (at_level[0], at_level[1])
+            )
+        terms = {
+            "attention_transfer": (self.hyperparameters.alpha, self.attention_transfer),
+            "attention_masked": (self.hyperparameters.beta, self.attention_masked),
+            "non_local": (self.hyperparameters.gamma, self.non_local),
+        }
+        return {name: self._term(weight, losses, pairs) for name, (weight, losses) in terms.items()}
+
+    def _term(
+        self, weight: float, losses: nn.ModuleDict, pairs: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        if not losses:
+            student, _ = pairs[self.levels[0]]
+            return torch.zeros((), dtype=compute_dtype(student), device=student.device)
+        values = [losses[_module_name(level)](*pair) for level, pair in pairs.items()]
+        return weight * torch.stack(values).sum(0)
+
+    def _levels_of(self, name: str, features: Features) -> Mapping[str, Tensor]:
+        if self.single:
+            require_tensor(name, features)
+            return {SINGLE_LEVEL: features}  # type: ignore[dict-item]
+        if not isinstance(features, Mapping):
+            found = type(features).__name__
+            raise TypeError(f"`{name}` must be a mapping from level to tensor, got {found}.")
+        return _require_levels(name, features, self.levels)
+
+
+def _level_names(channels: int | Mapping[str, int]) -> tuple[str, ...]:
+    if not isinstance(channels, Mapping):
+        return (SINGLE_LEVEL,)
+    for level in channels:
+        if not isinstance(level, str):
+            found = type(level).__name__
+            raise TypeError(f"`student_channels` must have strings for level names, got {found}.")
+    # ModuleDict takes no name that is empty or one of its own methods'.
+    taken = [level for level in channels if not level or hasattr(nn.ModuleDict, level)]
+    if taken or not channels:
+        raise ValueError(
+            "`student_channels` must have at least one level, none named like a method of "
+            f"nn.ModuleDict, got {list(channels)}."
+        )
+    return tuple(channels)
+
+
+def _per_level(name: str, value: T | Mapping[str, T], levels: tuple[str, ...]) -> Mapping[str, T]:
+    if isinstance(value, Mapping):
+        return _require_levels(name, value, levels)
+    return dict.fromkeys(levels, value)
+
+
+def _require_levels(name: str, values: Mapping[str, T], levels: tuple[str, ...]) -> Mapping[str, T]:
+    if set(values) != set(levels):
+        raise ValueError(f"`{name}` must have the levels {list(levels)}, got {list(values)}.")
+    return values
+
+
+def _module_name(level: str) -> str:
+    """A module's name holds no dot; a level's may, where it is a path."""
+    return level.replace(".", "/")

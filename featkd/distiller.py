@@ -1,0 +1,159 @@
+"""Student, teacher and loss as one module: what a training script wraps, compiles and optimizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import require_callable
+from .distillation import FeatureDistillationLoss
+from .taps import FeatureTap
+
+
+class Distiller(nn.Module):
+    """Runs the student, the teacher on the same pixels, and the distillation loss of their taps.
+
+    `output, losses = distiller(*student_args)` is the student's output, untouched, and the losses.
+    The student and the loss (with its adapters) are children: wrap, compile and optimize the
+    distiller. The teacher is no child: it is not in `parameters()`, `state_dict()`, `train()` or
+    `to()`; it runs under `no_grad`, in `eval` mode, at every step, on the device and in the dtype
+    where you put it.
+
+    Args:
+        student: the model to train.
+        teacher: another model.
+        loss: :class:`featkd.FeatureDistillationLoss`, or any module that takes two mappings from
+            level to features and returns a dictionary of losses.
+        layers: from level name to a path in both models or to a (student path, teacher path) pair;
+            see :class:`featkd.FeatureTap` for paths and :func:`featkd.match_layers` to find them.
+        shared_input: a submodule's path in both models, or a (student path, teacher path) pair: the
+            tensor that enters the student's is given to the teacher's, and nothing else of the
+            teacher runs. Detectors that resize inside the model need this (`"backbone"` for
+            torchvision's): called with the same images, the teacher would see other pixels.
+        teacher_forward: `teacher_forward(teacher, *args, **kwargs)` replaces the teacher's call.
+            With neither, the teacher is called as the student is.
+
+    Returns (forward):
+        `(output, losses)`.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: a path is unknown, or levels do not fit the loss.
+        RuntimeError (forward): a tapped module did not run once, see :meth:`featkd.FeatureTap.pop`.
+
+    Reference: Zhang & Ma (ICLR 2021), figure 2d.
+
+    Example:
+        >>> import torch
+        >>> from featkd import ONE_STAGE, FeatureDistillationLoss
+        >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU())
+        >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=ONE_STAGE)
+        >>> distiller = Distiller(student, teacher, loss, {"c1": "1"})
+        >>> output, losses = distiller(torch.randn(2, 3, 16, 16))
+        >>> sum(losses.values()).backward()
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: nn.Module,
+        layers: Mapping[str, str | tuple[str, str]],
+        *,
+        shared_input: str | tuple[str, str] | None = None,
+        teacher_forward: Callable[..., object] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"`{name}` must be an nn.Module, got {type(module).__name__}.")
+        if student is teacher:
+            raise ValueError("`teacher` must be another module than `student`, got the same.")
+        if not isinstance(layers, Mapping):
+            found = type(layers).__name__
+            raise TypeError(f"`layers` must be a mapping from level to path, got {found}.")
+        require_callable("teacher_forward", teacher_forward)
+        if shared_input is not None and teacher_forward is not None:
+            raise ValueError(
+                "`shared_input` must be None where `teacher_forward` is given, "
+                f"got {shared_input!r}."
+            )
+        pairs = {level: _pair(f"layers[{level!r}]", path) for level, path in layers.items()}
+        if isinstance(loss, FeatureDistillationLoss) and set(pairs) != set(loss.levels):
+            raise ValueError(
+                f"`layers` must have the levels of `loss` {list(loss.levels)}, got {list(pairs)}."
+            )
+        self.student = student
+        self.loss = loss
+        # A tuple keeps the teacher out of parameters(), state_dict(), train() and to().
+        self._teacher = (teacher,)
+        self.teacher_forward = teacher_forward
+        self._student_tap = FeatureTap(student, {level: pair[0] for level, pair in pairs.items()})
+        self._teacher_tap = FeatureTap(teacher, {level: pair[1] for level, pair in pairs.items()})
+        self._input_tap: FeatureTap | None = None
+        self.shared_input: tuple[str, str] | None = None
+        if shared_input is not None:
+            self.shared_input = _pair("shared_input", shared_input)
+            source, target = self.shared_input
+            self._input_tap = FeatureTap(student, {"shared_input": f"{source}:input"})
+            for level, (_, path) in pairs.items():
+                if not f"{path}.".startswith((f"{target}.", f"{target}[", f"{target}:")):
+                    raise ValueError(
+                        f"`layers[{level!r}]` must lie within the teacher's {target!r}, which "
+                        f"`shared_input` runs, got {path!r}."
+                    )
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher[0]
+
+    def extra_repr(self) -> str:
+        return (
+            f"teacher={type(self.teacher).__name__}, layers={self._student_tap.layers}, "
+            f"shared_input={self.shared_input}"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if self._input_tap is None:
+            with self._student_tap:
+                output = self.student(*args, **kwargs)
+        else:
+            with self._student_tap, self._input_tap:
+                output = self.student(*args, **kwargs)
+        student_features = self._student_tap.pop()
+        teacher_features = self._teacher_features(args, kwargs)
+        for level, features in teacher_features.items():
+            teacher_features[level] = features.to(student_features[level].device)
+        return output, self.loss(student_features, teacher_features)
+
+    @torch.no_grad()
+    def _teacher_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        teacher = self.teacher
+        if any(module.training for module in teacher.modules()):
+            teacher.eval()
+        with self._teacher_tap:
+            if self.shared_input is not None and self._input_tap is not None:
+                shared = self._input_tap.pop()["shared_input"]
+                weight = next(teacher.parameters(), shared)
+                part = teacher.get_submodule(self.shared_input[1])
+                part(shared.to(weight.device, weight.dtype))
+            elif self.teacher_forward is not None:
+                self.teacher_forward(teacher, *args, **kwargs)
+            else:
+                teacher(*args, **kwargs)
+        return self._teacher_tap.pop()
+
+
+def _pair(name: str, path: object) -> tuple[str, str]:
+    """A path in both models, or one each."""
+    if isinstance(path, str):
+        return path, path
+    if isinstance(path, tuple | list) and len(path) == 2 and all(isinstance(p, str) for p in path):
+        return path[0], path[1]
+    raise TypeError(
+        f"`{name}` must be a path or a (student path, teacher path) pair, got {path!r}."
+    )

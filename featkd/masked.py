@@ -1,0 +1,235 @@
+"""The attention-masked feature loss, L_AM (eq. 2): the student mimics the teacher's features."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import (
+    require_choice,
+    require_feature_pair,
+    require_flag,
+    require_number,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from ._precision import compute_dtype
+from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
+from .adapters import Conv2d, prepare_pair, require_channel_counts, require_resize
+from .attention import Fusion, attention_mask, channel_attention, spatial_attention
+from .transfer import Attention
+
+
+def attention_masked_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    spatial_mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Attention-masked feature loss: the L2 distance of the features, weighted by both masks.
+
+    .. math::
+        L_{AM} = \left( \sum_{k=1}^{C} \sum_{i=1}^{H} \sum_{j=1}^{W}
+                 (A^T_{k,i,j} - A^S_{k,i,j})^2 \, M^s_{i,j} \, M^c_k \right)^{1/2}
+
+    The norm is taken per image. Nothing is detached: pass detached masks where they are constants.
+
+    Args:
+        student: the student's features, adapted to the teacher's channels, `(B, C, H, W)`.
+        teacher: the teacher's features, `(B, C, H, W)`.
+        spatial_mask: M_s, `(B, H, W)`, at least 0; `None` is all ones.
+        channel_mask: M_c, `(B, C)`, at least 0; `None` is all ones.
+        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
+            batch as well (the released code).
+
+    Returns:
+        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
+        wider. 0 with gradient 0 where the features are equal.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: the shapes or devices do not fit, or `reduction` is unknown.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.1, eq. (2).
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.zeros(1, 2, 1, 2), torch.ones(1, 2, 1, 2)
+        >>> attention_masked_loss(student, teacher, spatial_mask=torch.tensor([[[0.5, 1.5]]]))
+        tensor(2.)
+    """
+    require_reduction(reduction)
+    require_feature_pair(student, teacher, same_channels=True)
+    images, channels, *size = student.shape
+    if spatial_mask is not None:
+        _require_mask("spatial_mask", spatial_mask, (images, *size), student)
+    if channel_mask is not None:
+        _require_mask("channel_mask", channel_mask, (images, channels), student)
+    return reduce_distances(_masked_norm(student, teacher, spatial_mask, channel_mask), reduction)
+
+
+def _require_mask(name: str, mask: Tensor, shape: tuple[int, ...], student: Tensor) -> None:
+    require_tensor(name, mask)
+    require_shape(name, mask, shape, "the shape")
+    require_same_device(name, mask, "student", student)
+
+
+def _masked_norm(
+    student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+) -> Tensor:
+    """Eq. (2) per image, `(B,)`. Eager runs the closed form; the compiler fuses the plain one."""
+    if not torch.compiler.is_compiling():
+        result: Tensor = _MaskedNorm.apply(student, teacher, spatial_mask, channel_mask)
+        return result
+    dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+    square = _weigh((student.to(dtype) - teacher.to(dtype)).square(), spatial_mask, channel_mask)
+    energy = square.sum((1, 2, 3))
+    # The square root's gradient at 0 is infinite: take it of 1 there and return 0.
+    zero = energy == 0
+    return torch.where(zero, energy, torch.where(zero, torch.ones_like(energy), energy).sqrt())
+
+
+def _weigh(x: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None) -> Tensor:
+    """`x * M_s * M_c` for `x` of shape (B, C, H, W), in `x`'s dtype."""
+    if spatial_mask is not None:
+        x = x * spatial_mask.to(x.dtype)[:, None]
+    if channel_mask is not None:
+        x = x * channel_mask.to(x.dtype)[:, :, None, None]
+    return x
+
+
+class _MaskedNorm(torch.autograd.Function):
+    """Eq. (2) with its gradient in closed form, M_s M_c (S - T) / L; saves inputs and L alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+    ) -> Tensor:
+        dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+        difference = student.to(dtype) - teacher.to(dtype)
+        return _weigh(difference.square(), spatial_mask, channel_mask).sum((1, 2, 3)).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, spatial_mask, channel_mask, norm = ctx.saved_tensors
+        zero = norm == 0
+        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))[:, None, None, None]
+        difference = student.to(norm.dtype) - teacher.to(norm.dtype)
+        to_student = to_teacher = to_spatial = to_channel = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            gradient = _weigh(difference * slope, spatial_mask, channel_mask)
+            to_student = gradient.to(student.dtype) if ctx.needs_input_grad[0] else None
+            to_teacher = -gradient.to(teacher.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            square = difference.square() * slope / 2
+            if ctx.needs_input_grad[2]:
+                to_spatial = _weigh(square, None, channel_mask).sum(1).to(spatial_mask.dtype)
+            if ctx.needs_input_grad[3]:
+                to_channel = _weigh(square, spatial_mask, None).sum((2, 3)).to(channel_mask.dtype)
+        return to_student, to_teacher, to_spatial, to_channel
+
+
+class AttentionMaskedLoss(nn.Module):
+    """See :func:`featkd.functional.attention_masked_loss`; masks and 1x1 adapter are its own.
+
+    The masks are made of the student's own features and the teacher's, as constants; the channel
+    mask takes the adapted student's where C_S differs from C_T, since a channel index means nothing
+    across them. Teacher features are constants.
+
+    Args:
+        student_channels: C_S.
+        teacher_channels: C_T.
+        temperature, fusion: as in :func:`featkd.functional.attention_mask`.
+        attention: mask by `"both"` (the paper), `"spatial"` or `"channel"` attention alone (its
+            table 6; the released code's two-stage detectors take `"spatial"`).
+        reduction: as in the function.
+        resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
+            `"bicubic"`: the student's features are resized to the teacher's H x W.
+        normalize: divide by the loss of an all-zero student under the same masks, image by image
+            (beyond the paper).
+
+    Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
+
+    Example:
+        >>> import torch
+        >>> loss = AttentionMaskedLoss(16, 32, temperature=0.5)
+        >>> loss(torch.randn(2, 16, 8, 12), torch.randn(2, 32, 8, 12)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        temperature: float,
+        fusion: Fusion = "logits",
+        attention: Attention = "both",
+        reduction: Reduction = "mean",
+        resize: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        require_channel_counts(student_channels, teacher_channels)
+        require_number("temperature", temperature, positive=True)
+        require_choice("fusion", fusion, get_args(Fusion))
+        require_choice("attention", attention, get_args(Attention))
+        require_reduction(reduction)
+        require_resize(resize)
+        require_flag("normalize", normalize)
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.temperature = temperature
+        self.fusion: Fusion = fusion
+        self.attention: Attention = attention
+        self.reduction: Reduction = reduction
+        self.resize = resize
+        self.normalize = normalize
+        self.adapter = Conv2d(student_channels, teacher_channels, 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.student_channels}, {self.teacher_channels}, temperature={self.temperature}, "
+            f"fusion={self.fusion!r}, attention={self.attention!r}, reduction={self.reduction!r}, "
+            f"resize={self.resize!r}, normalize={self.normalize}"
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        channels = self.student_channels, self.teacher_channels
+        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+        adapted = self.adapter(student)
+        spatial_mask, channel_mask = self.masks(student, adapted, teacher)
+        loss = attention_masked_loss(
+            adapted, teacher, spatial_mask=spatial_mask, channel_mask=channel_mask, reduction="none"
+        )
+        if self.normalize:
+            norm = _masked_norm(torch.zeros_like(teacher), teacher, spatial_mask, channel_mask)
+            loss = relative_to(loss, norm)
+        return reduce_distances(loss, self.reduction)
+
+    @torch.no_grad()
+    def masks(
+        self, student: Tensor, adapted: Tensor, teacher: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        spatial_mask = channel_mask = None
+        if self.attention != "channel":
+            spatial_mask = self._mask(spatial_attention(student), spatial_attention(teacher))
+        if self.attention != "spatial":
+            same_index = self.student_channels == self.teacher_channels
+            ours = channel_attention(student if same_index else adapted)
+            channel_mask = self._mask(ours, channel_attention(teacher))
+        return spatial_mask, channel_mask
+
+    def _mask(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return attention_mask(ours, theirs, temperature=self.temperature, fusion=self.fusion)

@@ -1,0 +1,212 @@
+"""What can be tapped in two models, and which of their stages belong together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose output is one feature map, `(B, C, H, W)`."""
+
+    path: str
+    shape: Shape
+    stride: float
+    stage: bool
+    """The last and outermost module at its stride within the backbone."""
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class LayerMatch:
+    """Both models' tappable layers, in the order they run, and the stages paired by stride.
+
+    Printed, it is a table. `layers`, `student_channels` and `teacher_channels` are what
+    :class:`featkd.Distiller` and :class:`featkd.FeatureDistillationLoss` take.
+    """
+
+    student: tuple[Layer, ...]
+    teacher: tuple[Layer, ...]
+    pairs: Mapping[str, tuple[Layer, Layer]]
+
+    @property
+    def layers(self) -> dict[str, tuple[str, str]]:
+        return {level: (ours.path, theirs.path) for level, (ours, theirs) in self.pairs.items()}
+
+    @property
+    def student_channels(self) -> dict[str, int]:
+        return {level: ours.channels for level, (ours, _) in self.pairs.items()}
+
+    @property
+    def teacher_channels(self) -> dict[str, int]:
+        return {level: theirs.channels for level, (_, theirs) in self.pairs.items()}
+
+    def __str__(self) -> str:
+        rows = [("level", "stride", "student", "shape", "teacher", "shape")]
+        for level, (ours, theirs) in self.pairs.items():
+            stride = f"{ours.stride:g}"
+            rows.append(
+                (level, stride, ours.path, _times(ours.shape), theirs.path, _times(theirs.shape))
+            )
+        paired = _table(rows) if self.pairs else "No stages of one stride: choose pairs from these."
+        student = _listing("student", self.student)
+        return "\n\n".join((paired, student, _listing("teacher", self.teacher)))
+
+
+def _listing(name: str, layers: tuple[Layer, ...]) -> str:
+    """The stages, the blocks that they are made of, and whatever lies no deeper."""
+    deepest = max((_depth(layer) for layer in layers if layer.stage), default=2) + 1
+    shown = [layer for layer in layers if _depth(layer) <= deepest]
+    rows: list[tuple[str, ...]] = [(f"{name}'s path", "shape", "stride", "channels")]
+    for layer in shown:
+        rows.append((layer.path, _times(layer.shape), f"{layer.stride:g}", str(layer.channels)))
+    hidden = len(layers) - len(shown)
+    return _table(rows) + (f"\n({hidden} deeper layers in `.{name}`)" if hidden else "")
+
+
+def _times(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def match_layers(student: nn.Module, teacher: nn.Module, *example_inputs: Any) -> LayerMatch:
+    """Lists the layers of two models that can be tapped and pairs their stages by stride.
+
+    Both models are called once with `example_inputs`, in `eval` mode without gradients, and left as
+    they were. A layer is listed if its module runs once and puts out one feature map; its stride is
+    the height of the largest map that enters a module over its own. The stages are, for each stride
+    within the backbone, the last module to put out a map of it, the outermost of those that put out
+    the same map; the backbone ends where the stride first falls or where a module first puts out
+    several maps. Only strides that both models have are paired; nothing is paired by index.
+
+    Args:
+        student, teacher: the models.
+        example_inputs: positional arguments for both; a batch of the size to be trained on.
+
+    Returns:
+        :class:`LayerMatch`; levels are named by their stride, `"c3"` for 8 = 2^3 (the field's name)
+        and `"stride14"` where it is no power of 2.
+
+    Raises:
+        TypeError: a model is no module.
+        ValueError: no module of a model puts out a feature map.
+
+    Example:
+        >>> import torch
+        >>> small = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.ReLU())
+        >>> large = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU())
+        >>> match_layers(small, large, torch.zeros(1, 3, 8, 8)).layers
+        {'c1': ('1', '1')}
+    """
+    ours = _tappable("student", student, example_inputs)
+    theirs = _tappable("teacher", teacher, example_inputs)
+    stages = {layer.stride: layer for layer in theirs if layer.stage}
+    pairs = {
+        _level_name(layer.stride): (layer, stages[layer.stride])
+        for layer in ours
+        if layer.stage and layer.stride in stages
+    }
+    return LayerMatch(ours, theirs, pairs)
+
+
+def _level_name(stride: float) -> str:
+    exponent = math.log2(stride)
+    return f"c{exponent:g}" if exponent == int(exponent) else f"stride{stride:g}"
+
+
+def _tappable(name: str, model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Layer, ...]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
+    calls, pixels = _trace(model, example_inputs)
+    runs = Counter(path for path, _ in calls)
+    layers: list[Layer] = []
+    in_backbone = True
+    for path, shapes in calls:
+        maps = [shape for shape in shapes if shape[0] == pixels[0]]
+        in_backbone = in_backbone and len(maps) < 2
+        if path and len(maps) == 1 and runs[path] == 1:
+            stride = _stride(maps[0], pixels)
+            falls = in_backbone and any(stride < layer.stride for layer in layers)
+            in_backbone = in_backbone and not falls
+            layers.append(Layer(path, maps[0], stride, stage=in_backbone))
+    if not layers:
+        raise ValueError(f"`{name}` must have a module that puts out a feature map, got none.")
+    # Per stride the outermost, of those the last: a block's first convolution may still run at the
+    # stride of the stage before.
+    stages: dict[float, Layer] = {}
+    for layer in layers:
+        best = stages.get(layer.stride)
+        if layer.stage and layer.stride > 1 and (best is None or _depth(layer) <= _depth(best)):
+            stages[layer.stride] = layer
+    return tuple(replace(layer, stage=stages.get(layer.stride) is layer) for layer in layers)
+
+
+def _depth(layer: Layer) -> int:
+    return layer.path.count(".")
+
+
+def _trace(
+    model: nn.Module, example_inputs: tuple[Any, ...]
+) -> tuple[list[tuple[str, list[Shape]]], Shape]:
+    """Path and maps put out, call by call in the order of ending, and the largest map taken in."""
+    calls: list[tuple[str, list[Shape]]] = []
+    taken_in: list[Shape] = []
+    handles = []
+    for path, module in model.named_modules():
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            taken_in.extend(_maps((args, kwargs)))
+
+        def after(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
+            calls.append((path, list(_maps(output))))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    if not taken_in:
+        return calls, (0, 0, 0, 0)
+    return calls, max(taken_in, key=lambda shape: shape[2] * shape[3])
+
+
+def _maps(value: Any) -> Iterator[Shape]:
+    if isinstance(value, Tensor):
+        if value.dim() == 4 and value.is_floating_point() and 0 not in value.shape:
+            images, channels, height, width = value.shape
+            yield images, channels, height, width
+    elif isinstance(value, Mapping):
+        yield from _maps(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _maps(item)
+
+
+def _stride(shape: Shape, pixels: Shape) -> float:
+    """By the heights; a strided convolution rounds up: 13 positions of 100 are stride 8."""
+    ratio = pixels[2] / shape[2]
+    power = 2.0 ** round(math.log2(ratio))
+    return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)

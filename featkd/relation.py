@@ -1,0 +1,223 @@
+"""Non-local relations of the positions of a feature map, and their distance, L_NLD."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import require_number, require_same_device, require_tensor
+from ._kernels import attend, rectified_sum
+from ._precision import compute_dtype, full_precision
+from ._reduction import Reduction, norm_per_image, reduce_distances, require_reduction
+
+
+def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
+    r"""Gaussian relation: every position's mean of g, weighted by its likeness to the others.
+
+    .. math:: r_i = \sum_j \mathrm{softmax}_j(x_i \cdot x_j) \, g_j
+
+    Args:
+        features: x, `(B, C, *positions)`.
+        g: `(B, D, *positions)`, the same positions.
+
+    Returns:
+        `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
+        (a second derivative builds their matrix).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: the shapes or devices do not fit.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2; Wang et al. (CVPR 2018), eq. (2).
+
+    Example:
+        >>> import torch
+        >>> gaussian_relation(torch.zeros(1, 3, 2, 2), torch.arange(4.0).reshape(1, 1, 2, 2))
+        tensor([[[[1.5000, 1.5000],
+                  [1.5000, 1.5000]]]])
+    """
+    _require_positions("features", features)
+    return embedded_gaussian_relation(features, features, g)
+
+
+def embedded_gaussian_relation(
+    theta: Tensor, phi: Tensor, g: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    r"""Embedded Gaussian relation: softmax attention of queries theta to keys phi with values g.
+
+    .. math:: r_i = \sum_j \mathrm{softmax}_j(s \, \theta_i \cdot \phi_j) \, g_j
+
+    Args:
+        theta: queries, `(B, C, *positions)`.
+        phi: keys, `(B, C, *key_positions)`; they may be sub-sampled.
+        g: values, `(B, D, *key_positions)`.
+        scale: s; 1 in the paper, :math:`C^{-1/2}` in transformers.
+
+    Returns:
+        `(B, D, *positions of theta)`, in the unit of g; float32 or wider. Memory is linear in the
+        positions (a second derivative builds their matrix).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or `scale` no number.
+        ValueError: the shapes or devices do not fit.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2; Wang et al. (CVPR 2018), eq. (3).
+
+    Example:
+        >>> import torch
+        >>> theta = torch.tensor([[[0.0, 100.0]]])
+        >>> phi, g = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[2.0, 4.0]]])
+        >>> embedded_gaussian_relation(theta, phi, g)
+        tensor([[[3., 4.]]])
+    """
+    _require_relation(theta, phi, g)
+    require_number("scale", scale, positive=False)
+    dtype = compute_dtype(theta, phi, g)
+    query, key, value = (x.to(dtype).flatten(2).mT for x in (theta, phi, g))
+    return _at_positions(attend(query, key, value, scale).mT, theta)
+
+
+def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    r"""Dot-product relation, in time and memory linear in the positions.
+
+    .. math:: r_i = \frac{1}{N} \sum_j (\theta_i \cdot \phi_j) \, g_j
+                  = \Big( \frac{1}{N} \sum_j g_j \phi_j^\top \Big) \theta_i
+
+    Args:
+        theta: `(B, C, *positions)`.
+        phi: `(B, C, *key_positions)`; they may be sub-sampled. N is the number of keys.
+        g: `(B, D, *key_positions)`.
+
+    Returns:
+        `(B, D, *positions of theta)`, in the unit of theta * phi * g; float32 or wider.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: the shapes or devices do not fit.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2; Wang et al. (CVPR 2018), eq. (4).
+
+    Example:
+        >>> import torch
+        >>> theta = torch.tensor([[[1.0, 2.0]]])
+        >>> phi, g = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[1.0, 1.0]]])
+        >>> dot_product_relation(theta, phi, g)
+        tensor([[[3.5000, 7.0000]]])
+    """
+    _require_relation(theta, phi, g)
+    dtype = compute_dtype(theta, phi, g)
+    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
+    with full_precision(query):
+        context = (value / key.shape[2]) @ key.mT
+        return _at_positions(context @ query, theta)
+
+
+def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    r"""Concatenation relation, exact, in O(N log N) time and linear memory.
+
+    .. math:: r_i = \frac{1}{N} \sum_j \mathrm{relu}(\theta_i + \phi_j) \, g_j
+
+    The logit of a pair, :math:`w \cdot [\theta(x_i), \phi(x_j)]`, is a sum of one number a side; in
+    the order of falling :math:`\phi` the keys that a query sees are the first few, so prefix sums
+    over the sorted keys hold the result.
+
+    Args:
+        theta: the queries' logits, `(B, 1, *positions)`.
+        phi: the keys' logits, `(B, 1, *key_positions)`; they may be sub-sampled. N is the number of
+            keys.
+        g: `(B, D, *key_positions)`.
+
+    Returns:
+        `(B, D, *positions of theta)`, in the unit of theta * g; float32 or wider.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: the shapes or devices do not fit.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2; Wang et al. (CVPR 2018), eq. (5).
+
+    Example:
+        >>> import torch
+        >>> theta = torch.tensor([[[0.0, 2.0]]])
+        >>> phi, g = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 10.0]]])
+        >>> concatenation_relation(theta, phi, g)  # (1 * 1) / 2, (3 * 1 + 1 * 10) / 2
+        tensor([[[0.5000, 6.5000]]])
+    """
+    _require_relation(theta, phi, g)
+    if theta.shape[1] != 1:
+        raise ValueError(
+            f"`theta` must have the shape (B, 1, *positions), got {tuple(theta.shape)}."
+        )
+    dtype = compute_dtype(theta, phi, g)
+    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
+    return _at_positions(rectified_sum(query[:, 0], key[:, 0], value / key.shape[2]), theta)
+
+
+def non_local_loss(
+    student_relation: Tensor, teacher_relation: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Non-local distillation loss: the L2 distance of the relations.
+
+    .. math:: L_{NLD} = \lVert r^S - r^T \rVert_2
+
+    Args:
+        student_relation: `(B, D, *positions)`.
+        teacher_relation: the same shape.
+        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
+            batch as well (the released code).
+
+    Returns:
+        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
+        wider. 0 with gradient 0 where they are equal.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: the shapes or devices differ, or `reduction` is unknown.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2.
+
+    Example:
+        >>> import torch
+        >>> non_local_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5))
+        tensor(1.4142)
+    """
+    require_reduction(reduction)
+    _require_positions("student_relation", student_relation)
+    _require_positions("teacher_relation", teacher_relation)
+    if student_relation.shape != teacher_relation.shape:
+        raise ValueError(
+            f"`student_relation` must have the shape of `teacher_relation` "
+            f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}."
+        )
+    require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
+    dtype = compute_dtype(student_relation, teacher_relation)
+    difference = student_relation.to(dtype) - teacher_relation.to(dtype)
+    return reduce_distances(norm_per_image(difference), reduction)
+
+
+def _require_positions(name: str, value: Tensor) -> None:
+    require_tensor(name, value)
+    if value.dim() < 3 or 0 in value.shape[1:]:
+        raise ValueError(
+            f"`{name}` must have the shape (B, D, *positions) with at least one position, "
+            f"got {tuple(value.shape)}."
+        )
+
+
+def _require_relation(theta: Tensor, phi: Tensor, g: Tensor) -> None:
+    for name, value in (("theta", theta), ("phi", phi), ("g", g)):
+        _require_positions(name, value)
+        require_same_device(name, value, "theta", theta)
+    if phi.shape[:2] != theta.shape[:2]:
+        raise ValueError(
+            f"`phi` must have the batch and width of `theta` {tuple(theta.shape)}, "
+            f"got {tuple(phi.shape)}."
+        )
+    if g.shape[0] != phi.shape[0] or g.shape[2:] != phi.shape[2:]:
+        raise ValueError(
+            f"`g` must have the batch and positions of `phi` {tuple(phi.shape)}, "
+            f"got {tuple(g.shape)}."
+        )
+
+
+def _at_positions(flat: Tensor, like: Tensor) -> Tensor:
+    return flat.reshape(flat.shape[:2] + like.shape[2:])

@@ -1,0 +1,237 @@
+"""Forward-hook taps: the features at chosen modules of a model, which stays as it is."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ._checks import require_count, require_flag
+from ._hooks import InputHook, OutputHook, RootHook, Store
+
+Layers = Sequence[str] | Mapping[str, str]
+
+# DDP and AveragedModel, torch.compile, FSDP and activation checkpointing, in this order.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PATH = re.compile(r"(?P<module>[^\[\]:]*)(?P<input>:input)?(?P<keys>(\[[^\[\]]+\])*)")
+
+
+class FeatureTap:
+    """Captures what chosen modules of a model put out (or take in) during a forward.
+
+    Hooks are added once, here, and removed with :meth:`remove` or when the tap is no longer used;
+    they capture only inside the `with` block. Make the tap before the first call of a compiled
+    model: a hook added later never fires there. The model's outputs, state dict, copies and pickles
+    are untouched. Use one tap in each thread.
+
+    Args:
+        model: any module; the wrappers of DDP, FSDP, `torch.compile`, checkpointing and EMA in a
+            path can be left out.
+        layers: a list of paths, or a mapping from alias to path. A path is a module's name as in
+            `named_modules()`; where its output is no tensor, with the item to take: `"backbone[0]"`
+            (position of a sequence, key of a mapping, attribute of anything else);
+            `"backbone:input"` takes what goes in, `"head:input[1]"` or `"head:input[mask]"` one of
+            several arguments.
+        clone: copy what is captured. Without it an in-place operation behind the module (a
+            `ReLU(inplace=True)`, `+=`) changes the capture: an error in eager mode, undetectable
+            in a compiled model.
+        calls: how often each alias's module runs in one forward where that is not once; its
+            captures are named `alias[0]`, `alias[1]`, ...
+
+    Raises:
+        TypeError: `model` is no module or is an `nn.DataParallel`, or `layers` not of its kind.
+        ValueError: a path is malformed, unknown (with close matches) or ambiguous.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> with FeatureTap(model, {"stem": "0"}) as tap:
+        ...     _ = model(torch.randn(2, 3, 16, 16))
+        ...     features = tap.pop()
+        >>> features["stem"].shape
+        torch.Size([2, 8, 14, 14])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        *,
+        clone: bool = True,
+        calls: Mapping[str, int] | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = require_layers(layers)
+        self.clone = clone
+        self.calls = dict.fromkeys(self.layers, 1)
+        require_flag("clone", clone)
+        for alias, count in (calls or {}).items():
+            require_count(f"calls[{alias!r}]", count)
+            if alias not in self.calls:
+                raise ValueError(f"`calls` must name aliases of {list(self.calls)}, got {alias!r}.")
+            self.calls[alias] = count
+        self._store = Store()
+        self._outputs = set()
+        handles = [_innermost(model).register_forward_pre_hook(RootHook(self._store))]
+        for alias, path in self.layers.items():
+            match = _PATH.fullmatch(path)
+            if match is None:
+                raise ValueError(
+                    f"`layers[{alias!r}]` must be a module's name, then ':input' and '[item]' if "
+                    f"wanted, got {path!r}."
+                )
+            module = _resolve(model, match["module"], alias)
+            keys = tuple(re.findall(r"\[([^\[\]]+)\]", match["keys"]))
+            if match["input"]:
+                before = InputHook(self._store, alias, path, keys, clone)
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                self._outputs.add(alias)
+                after = OutputHook(self._store, alias, path, keys, clone)
+                handles.append(module.register_forward_hook(after))
+        self._finalizer = weakref.finalize(self, _remove_all, handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a tap taps the copy of its model.
+        return _rebuild, (self.model, self.layers, self.clone, self.calls)
+
+    def __enter__(self) -> FeatureTap:
+        if self._store.armed:
+            raise RuntimeError("`with` must not be entered twice by one tap, got a tap in use.")
+        self._store.captured = {}
+        self._store.armed = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._store.armed = False
+        if kind is not None:
+            self._store.captured = {}
+
+    def pop(self) -> dict[str, Tensor]:
+        """The features of the last forward by alias; the tap lets go of them.
+
+        Raises:
+            RuntimeError: a module did not run as often as expected since the last pop, a capture
+                carries no gradient though the model's call recorded them, or, with `clone=False`,
+                a capture was changed in place.
+        """
+        captured, self._store.captured = self._store.captured, {}
+        features = {}
+        for alias, expected in self.calls.items():
+            found = captured.get(alias, [])
+            if len(found) != expected:
+                raise RuntimeError(self._miscount(alias, expected, len(found)))
+            for index, (feature, version) in enumerate(found):
+                self._require_intact(alias, feature, version)
+                features[alias if expected == 1 else f"{alias}[{index}]"] = feature
+        return features
+
+    def remove(self) -> None:
+        """Take the hooks off the model; the tap captures nothing any more."""
+        self._finalizer()
+
+    def _miscount(self, alias: str, expected: int, found: int) -> str:
+        path = self.layers[alias]
+        text = f"`pop` must follow {expected} call(s) of {path!r} (alias {alias!r}), got {found}: "
+        if found > expected:
+            return text + (
+                "pop after every forward inside the `with` block; for a module that runs several "
+                f"times in one forward pass `calls={{{alias!r}: {found}}}`."
+            )
+        return text + (
+            "run the model inside the `with` block once before each pop, calling modules and not "
+            "their `.forward`; a model compiled and called before the tap was made never calls its "
+            "hooks: make the tap first, or call `torch.compiler.reset()`."
+        )
+
+    def _require_intact(self, alias: str, feature: Tensor, version: int | None) -> None:
+        path = self.layers[alias]
+        if version is not None and feature._version != version:
+            raise RuntimeError(
+                f"`layers[{alias!r}]` must stay as captured, got an in-place change behind "
+                f"{path!r}: use `clone=True`."
+            )
+        recorded = self._store.grad_enabled and torch.is_grad_enabled()
+        if alias not in self._outputs or feature.requires_grad or not recorded:
+            return
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise RuntimeError(
+                f"`layers[{alias!r}]` must carry a gradient, got none from {path!r}: a module "
+                "inside reentrant checkpointing (take `use_reentrant=False`), under `no_grad` or "
+                "with frozen parameters gives the student nothing to learn by; call a teacher "
+                "under `torch.no_grad()`."
+            )
+
+
+def require_layers(layers: Layers) -> dict[str, str]:
+    """Alias -> path, checked by kind."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence | Mapping):
+        found = type(layers).__name__
+        raise TypeError(f"`layers` must be a list of paths or a mapping to paths, got {found}.")
+    pairs = list(
+        layers.items() if isinstance(layers, Mapping) else zip(layers, layers, strict=True)
+    )
+    for alias, path in pairs:
+        if not isinstance(alias, str) or not isinstance(path, str):
+            raise TypeError(f"`layers` must hold strings, got {alias!r}: {path!r}.")
+    if not pairs or len(dict(pairs)) < len(pairs):
+        raise ValueError(f"`layers` must hold at least one path, each once, got {list(layers)}.")
+    return dict(pairs)
+
+
+def _rebuild(
+    model: nn.Module, layers: dict[str, str], clone: bool, calls: dict[str, int]
+) -> FeatureTap:
+    return FeatureTap(model, layers, clone=clone, calls=calls)
+
+
+def _remove_all(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model itself, out of all its wrappers."""
+    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
+        found = type(model).__name__
+        raise TypeError(f"`model` must be an nn.Module other than nn.DataParallel, got {found}.")
+    innermost = model
+    for name, module in model.named_modules():
+        if not _without_wrappers(name):
+            innermost = module
+    return innermost
+
+
+def _resolve(model: nn.Module, path: str, alias: str) -> nn.Module:
+    # Tied modules have several names; each is as good.
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if path in modules:
+        return modules[path]
+    inner_path = _without_wrappers(path)
+    found = [name for name in modules if _without_wrappers(name) == inner_path]
+    if not found:
+        close = difflib.get_close_matches(path, map(_without_wrappers, modules), n=3)
+        hint = f" (close: {', '.join(map(repr, close))})" if close else ""
+        raise ValueError(
+            f"`layers[{alias!r}]` must be the path of a module of the model, got {path!r}{hint}."
+        )
+    outermost = min(found, key=len)
+    if not all(name.startswith(outermost) for name in found):
+        raise ValueError(f"`layers[{alias!r}]` must name one module, got {path!r} for {found}.")
+    return modules[outermost]

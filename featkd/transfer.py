@@ -1,0 +1,203 @@
+"""Attention transfer, L_AT (eq. 1): the student mimics the teacher's attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from ._checks import (
+    require_callable,
+    require_choice,
+    require_feature_pair,
+    require_flag,
+    require_shape,
+)
+from ._precision import full_precision
+from ._reduction import (
+    Reduction,
+    norm_per_image,
+    reduce_distances,
+    relative_to,
+    require_reduction,
+)
+from .adapters import (
+    Conv2d,
+    Linear,
+    prepare_pair,
+    require_channel_counts,
+    require_resize,
+)
+from .attention import channel_attention, spatial_attention
+
+Attention = Literal["both", "spatial", "channel"]
+Adapter = Callable[[Tensor], Tensor]
+
+
+def attention_transfer_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    spatial_adapter: Adapter | None = None,
+    channel_adapter: Adapter | None = None,
+    absolute: bool = True,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Attention transfer loss: the L2 distances of the two attention maps.
+
+    .. math::
+        L_{AT} = \lVert G^s(A^S) - G^s(A^T) \rVert_2 + \lVert G^c(A^S) - G^c(A^T) \rVert_2
+
+    The norms are taken per image; each of the two distances is reduced before they are added.
+
+    Args:
+        student: the student's features, `(B, C_S, H, W)`.
+        teacher: the teacher's features, `(B, C_T, H, W)`; C_T = C_S without a `channel_adapter`.
+        spatial_adapter: applied to the student's spatial map, `(B, 1, H, W) -> (B, 1, H, W)`.
+        channel_adapter: applied to the student's channel map, `(B, C_S) -> (B, C_T)`.
+        absolute: attention of \|A\| (the paper) or of A (the authors' released code).
+        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
+            batch as well (the released code).
+
+    Returns:
+        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
+        wider. 0 with gradient 0 where the maps are equal.
+
+    Raises:
+        TypeError: features are no floating-point tensors, or an adapter is not callable.
+        ValueError: the shapes or devices do not fit, or `reduction` is unknown.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.1, eq. (1); adapters: appendix B.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
+        >>> attention_transfer_loss(student, teacher)  # sqrt(4) + sqrt(2)
+        tensor(3.4142)
+    """
+    require_reduction(reduction)
+    require_flag("absolute", absolute)
+    distances = _distances(student, teacher, "both", spatial_adapter, channel_adapter, absolute)
+    return _sum_reduced(distances, reduction)
+
+
+def _distances(
+    student: Tensor,
+    teacher: Tensor,
+    attention: Attention,
+    spatial_adapter: Adapter | None,
+    channel_adapter: Adapter | None,
+    absolute: bool,
+    normalize: bool = False,
+) -> list[Tensor]:
+    """The distances per image, `(B,)` each, of the maps that `attention` names."""
+    require_callable("spatial_adapter", spatial_adapter)
+    require_callable("channel_adapter", channel_adapter)
+    one_channel_index = attention != "spatial" and channel_adapter is None
+    require_feature_pair(student, teacher, same_channels=one_channel_index)
+    pairs = []
+    if attention != "channel":
+        ours = spatial_attention(student, absolute=absolute).unsqueeze(1)
+        theirs = spatial_attention(teacher, absolute=absolute).unsqueeze(1)
+        pairs.append((_adapt("spatial_adapter", spatial_adapter, ours, theirs), theirs))
+    if attention != "spatial":
+        ours = channel_attention(student, absolute=absolute)
+        theirs = channel_attention(teacher, absolute=absolute)
+        pairs.append((_adapt("channel_adapter", channel_adapter, ours, theirs), theirs))
+    distances = [norm_per_image(ours - theirs) for ours, theirs in pairs]
+    if not normalize:
+        return distances
+    norms = [norm_per_image(theirs) for _, theirs in pairs]
+    total = norms[0] if len(norms) == 1 else norms[0] + norms[1]
+    return [relative_to(distance, total) for distance in distances]
+
+
+def _adapt(name: str, adapter: Adapter | None, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    if adapter is None:
+        return student_map
+    with full_precision(student_map):
+        adapted = adapter(student_map)
+    require_shape(name, adapted, tuple(teacher_map.shape), "a result of the shape")
+    return adapted
+
+
+def _sum_reduced(distances: list[Tensor], reduction: Reduction) -> Tensor:
+    reduced = [reduce_distances(distance, reduction) for distance in distances]
+    return reduced[0] if len(reduced) == 1 else reduced[0] + reduced[1]
+
+
+class AttentionTransferLoss(nn.Module):
+    """See :func:`featkd.functional.attention_transfer_loss`; appendix B's adapters are its own.
+
+    A 3x3 convolution adapts the student's spatial map, a linear layer its channel map. Teacher
+    features are constants.
+
+    Args:
+        student_channels: C_S.
+        teacher_channels: C_T.
+        attention: `"both"` maps (the paper), `"spatial"` or `"channel"` alone (its table 6).
+        absolute, reduction: as in the function.
+        resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
+            `"bicubic"`: the student's features are resized to the teacher's H x W.
+        normalize: divide by the loss of an all-zero student, image by image (beyond the paper).
+
+    Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
+
+    Example:
+        >>> import torch
+        >>> loss = AttentionTransferLoss(16, 32)
+        >>> loss(torch.randn(2, 16, 8, 12), torch.randn(2, 32, 8, 12)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        attention: Attention = "both",
+        absolute: bool = True,
+        reduction: Reduction = "mean",
+        resize: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        require_channel_counts(student_channels, teacher_channels)
+        require_choice("attention", attention, get_args(Attention))
+        require_flag("absolute", absolute)
+        require_reduction(reduction)
+        require_resize(resize)
+        require_flag("normalize", normalize)
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.attention: Attention = attention
+        self.absolute = absolute
+        self.reduction: Reduction = reduction
+        self.resize = resize
+        self.normalize = normalize
+        self.spatial_adapter = Conv2d(1, 1, 3) if attention != "channel" else None
+        self.channel_adapter = (
+            Linear(student_channels, teacher_channels) if attention != "spatial" else None
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.student_channels}, {self.teacher_channels}, attention={self.attention!r}, "
+            f"absolute={self.absolute}, reduction={self.reduction!r}, resize={self.resize!r}, "
+            f"normalize={self.normalize}"
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        channels = self.student_channels, self.teacher_channels
+        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+        distances = _distances(
+            student,
+            teacher,
+            self.attention,
+            self.spatial_adapter,
+            self.channel_adapter,
+            self.absolute,
+            self.normalize,
+        )
+        return _sum_reduced(distances, self.reduction)
