@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ._checks import (
@@ -17,6 +15,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
+from ._means import MAPS, attention_maps
 from ._precision import compute_dtype
 
 Fusion = Literal["logits", "probabilities"]
@@ -47,7 +46,7 @@ def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return _mean_over(features, (1,), absolute)
+    return attention_maps(features, MAPS["spatial"], absolute)[0]
 
 
 def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -75,16 +74,7 @@ def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return _mean_over(features, (2, 3), absolute)
-
-
-def _mean_over(features: Tensor, dims: tuple[int, ...], absolute: bool) -> Tensor:
-    dtype = compute_dtype(features)
-    if not absolute:
-        return features.mean(dims, dtype=dtype)
-    # The 1-norm reads the features once; `abs().mean()` would write a copy of them first.
-    total: Tensor = torch.linalg.vector_norm(features, ord=1, dim=dims, dtype=dtype)
-    return total / math.prod(features.shape[dim] for dim in dims)
+    return attention_maps(features, MAPS["channel"], absolute)[0]
 
 
 def attention_mask(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ._checks import require_choice, require_flag, require_number
+from ._means import Attention
 from ._reduction import Reduction, require_reduction
 from .attention import Fusion
 from .non_local import Kind, TeacherRelation
-from .transfer import Attention
 
 
 @dataclass(frozen=True)

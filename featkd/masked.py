@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ._blocks import channel_blocks, map_blocks
 from ._checks import (
     require_choice,
     require_feature_pair,
@@ -16,11 +17,11 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
+from ._means import MAPS, OVER_CHANNELS, OVER_POSITIONS, Attention, attention_maps
 from ._precision import compute_dtype
 from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
 from .adapters import Conv2d, prepare_pair, require_channel_counts, require_resize
-from .attention import Fusion, attention_mask, channel_attention, spatial_attention
-from .transfer import Attention
+from .attention import Fusion, attention_mask
 
 
 def attention_masked_loss(
@@ -113,8 +114,14 @@ class _MaskedNorm(torch.autograd.Function):
         student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
-        difference = student.to(dtype) - teacher.to(dtype)
-        return _weigh(difference.square(), spatial_mask, channel_mask).sum((1, 2, 3)).sqrt()
+        energies = []
+        for block in channel_blocks(teacher):
+            difference = student[:, block].to(dtype) - teacher[:, block].to(dtype)
+            energies.append(_weigh(difference.square_(), spatial_mask, None).sum((2, 3)))
+        energy = torch.cat(energies, 1)
+        if channel_mask is not None:
+            energy = energy * channel_mask.to(dtype)
+        return energy.sum(1).sqrt()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
@@ -124,15 +131,26 @@ class _MaskedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, spatial_mask, channel_mask, norm = ctx.saved_tensors
         zero = norm == 0
-        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))[:, None, None, None]
-        difference = student.to(norm.dtype) - teacher.to(norm.dtype)
+        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))
+        weight = slope[:, None, None]
+        if spatial_mask is not None:
+            weight = weight * spatial_mask.to(norm.dtype)
+
+        def difference(block: slice) -> Tensor:
+            result: Tensor = student[:, block].to(norm.dtype) - teacher[:, block].to(norm.dtype)
+            return result
+
+        def gradient(block: slice) -> Tensor:
+            part = None if channel_mask is None else channel_mask[:, block]
+            return _weigh(difference(block), weight, part)
+
         to_student = to_teacher = to_spatial = to_channel = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            gradient = _weigh(difference * slope, spatial_mask, channel_mask)
-            to_student = gradient.to(student.dtype) if ctx.needs_input_grad[0] else None
-            to_teacher = -gradient.to(teacher.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            to_student = map_blocks(student, lambda block: gradient(block).to(student.dtype))
+        if ctx.needs_input_grad[1]:
+            to_teacher = map_blocks(teacher, lambda block: -gradient(block).to(teacher.dtype))
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            square = difference.square() * slope / 2
+            square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
             if ctx.needs_input_grad[2]:
                 to_spatial = _weigh(square, None, channel_mask).sum(1).to(spatial_mask.dtype)
             if ctx.needs_input_grad[3]:
@@ -222,14 +240,16 @@ class AttentionMaskedLoss(nn.Module):
     def masks(
         self, student: Tensor, adapted: Tensor, teacher: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        spatial_mask = channel_mask = None
-        if self.attention != "channel":
-            spatial_mask = self._mask(spatial_attention(student), spatial_attention(teacher))
-        if self.attention != "spatial":
-            same_index = self.student_channels == self.teacher_channels
-            ours = channel_attention(student if same_index else adapted)
-            channel_mask = self._mask(ours, channel_attention(teacher))
-        return spatial_mask, channel_mask
-
-    def _mask(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        return attention_mask(ours, theirs, temperature=self.temperature, fusion=self.fusion)
+        """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
+        dims = MAPS[self.attention]
+        theirs = attention_maps(teacher, dims)
+        if self.student_channels == self.teacher_channels:
+            ours = attention_maps(student, dims)
+        else:
+            sources = {OVER_CHANNELS: student, OVER_POSITIONS: adapted}
+            ours = tuple(attention_maps(sources[d], (d,))[0] for d in dims)
+        masks = {
+            d: attention_mask(a, b, temperature=self.temperature, fusion=self.fusion)
+            for d, a, b in zip(dims, ours, theirs, strict=True)
+        }
+        return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -13,7 +13,9 @@ from ._checks import (
     require_feature_pair,
     require_flag,
     require_shape,
+    require_tensor,
 )
+from ._means import MAPS, OVER_CHANNELS, Attention, attention_maps
 from ._precision import full_precision
 from ._reduction import (
     Reduction,
@@ -29,9 +31,7 @@ from .adapters import (
     require_channel_counts,
     require_resize,
 )
-from .attention import channel_attention, spatial_attention
 
-Attention = Literal["both", "spatial", "channel"]
 Adapter = Callable[[Tensor], Tensor]
 
 
@@ -96,15 +96,21 @@ def _distances(
     require_callable("channel_adapter", channel_adapter)
     one_channel_index = attention != "spatial" and channel_adapter is None
     require_feature_pair(student, teacher, same_channels=one_channel_index)
+    dims = MAPS[attention]
+    maps = zip(
+        dims,
+        attention_maps(student, dims, absolute),
+        attention_maps(teacher, dims, absolute),
+        strict=True,
+    )
     pairs = []
-    if attention != "channel":
-        ours = spatial_attention(student, absolute=absolute).unsqueeze(1)
-        theirs = spatial_attention(teacher, absolute=absolute).unsqueeze(1)
-        pairs.append((_adapt("spatial_adapter", spatial_adapter, ours, theirs), theirs))
-    if attention != "spatial":
-        ours = channel_attention(student, absolute=absolute)
-        theirs = channel_attention(teacher, absolute=absolute)
-        pairs.append((_adapt("channel_adapter", channel_adapter, ours, theirs), theirs))
+    for over, ours, theirs in maps:
+        if over == OVER_CHANNELS:
+            ours, theirs = ours[:, None], theirs[:, None]
+            ours = _adapt("spatial_adapter", spatial_adapter, ours, theirs)
+        else:
+            ours = _adapt("channel_adapter", channel_adapter, ours, theirs)
+        pairs.append((ours, theirs))
     distances = [norm_per_image(ours - theirs) for ours, theirs in pairs]
     if not normalize:
         return distances
@@ -118,6 +124,7 @@ def _adapt(name: str, adapter: Adapter | None, student_map: Tensor, teacher_map:
         return student_map
     with full_precision(student_map):
         adapted = adapter(student_map)
+    require_tensor(name, adapted)
     require_shape(name, adapted, tuple(teacher_map.shape), "a result of the shape")
     return adapted
 

@@ -1,0 +1,83 @@
+"""The means of a feature map over its channels and over its positions: the two attention maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._blocks import channel_blocks, map_blocks
+from ._precision import compute_dtype
+
+Attention = Literal["both", "spatial", "channel"]
+Dims = tuple[int, ...]
+
+OVER_CHANNELS: Dims = (1,)
+OVER_POSITIONS: Dims = (2, 3)
+MAPS: dict[Attention, tuple[Dims, ...]] = {
+    "both": (OVER_CHANNELS, OVER_POSITIONS),
+    "spatial": (OVER_CHANNELS,),
+    "channel": (OVER_POSITIONS,),
+}
+
+
+def attention_maps(
+    features: Tensor, dims: tuple[Dims, ...], absolute: bool = True
+) -> tuple[Tensor, ...]:
+    """The mean over each of `dims`, :data:`OVER_CHANNELS` or :data:`OVER_POSITIONS`, in one go."""
+    if not torch.compiler.is_compiling():
+        means: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
+        return means
+    wide = features.to(compute_dtype(features))
+    wide = wide.abs() if absolute else wide
+    return tuple(wide.mean(d) for d in dims)
+
+
+class _Means(torch.autograd.Function):
+    """The means with their gradient in closed form: the features are read once each way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
+        dtype = compute_dtype(features)
+        over_channels: list[Tensor] = []
+        over_positions: list[Tensor] = []
+        for block in channel_blocks(features):
+            wide = features[:, block].to(dtype)
+            wide = wide.abs() if absolute else wide
+            if OVER_CHANNELS in dims:
+                over_channels[:] = [sum(over_channels, start=wide.sum(OVER_CHANNELS))]
+            if OVER_POSITIONS in dims:
+                over_positions.append(wide.sum(OVER_POSITIONS))
+        sums = {
+            d: over_channels[0] if d == OVER_CHANNELS else torch.cat(over_positions, 1)
+            for d in dims
+        }
+        return tuple(total / _count(features, d) for d, total in sums.items())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        features, ctx.dims, ctx.absolute = inputs
+        ctx.save_for_backward(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (features,) = ctx.saved_tensors
+        slopes = {d: grad / _count(features, d) for d, grad in zip(ctx.dims, grads, strict=True)}
+        spatial, channel = slopes.get(OVER_CHANNELS), slopes.get(OVER_POSITIONS)
+
+        def gradient(block: slice) -> Tensor:
+            part = features[:, block]
+            slope = 0.0 if spatial is None else spatial[:, None]
+            slope = slope if channel is None else slope + channel[:, block, None, None]
+            sign = part.sign() if ctx.absolute else torch.ones_like(part)
+            return (sign * slope).to(part.dtype)
+
+        return map_blocks(features, gradient), None, None
+
+
+def _count(features: Tensor, dims: Dims) -> int:
+    return math.prod(features.shape[d] for d in dims)
