@@ -25,7 +25,9 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).unsqueeze(1) for x in (query, key, value))
     with full_precision(query):
         result = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return result.squeeze(1)[..., : value.shape[-1]]
+    # With few keys some kernels pass over a NaN; 0 * NaN shows it to the queries that it concerns.
+    shown = 0 * query.detach().amax(-1, keepdim=True) + 0 * key.detach().amax((1, 2), keepdim=True)
+    return result.squeeze(1)[..., : value.shape[-1]] + shown
 
 
 class _Attend(torch.autograd.Function):
@@ -77,7 +79,7 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
     centre = phi.detach().mean(1, keepdim=True)
     theta, phi = theta + centre, phi - centre
     falling, order = (-phi).sort(dim=1)
-    count = torch.searchsorted(falling.detach(), theta.detach().contiguous())
+    count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
     keys = g.gather(2, order[:, None].expand_as(g))
     sums = F.pad(keys.cumsum(2), (1, 0))
     moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))

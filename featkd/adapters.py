@@ -69,6 +69,14 @@ def require_channel_counts(student_channels: object, teacher_channels: object) -
     require_count("teacher_channels", teacher_channels)
 
 
+def require_channels(name: str, features: Tensor, channels: int) -> None:
+    require_feature_map(name, features)
+    if features.shape[1] != channels:
+        raise ValueError(
+            f"`{name}` must have the shape (B, {channels}, H, W), got {tuple(features.shape)}."
+        )
+
+
 def require_resize(resize: object) -> None:
     if resize is not None:
         require_choice("resize", resize, RESIZE_MODES)
@@ -83,14 +91,12 @@ def prepare_pair(
 ) -> tuple[Tensor, Tensor]:
     """Both maps, checked: the student's at the teacher's size if asked, the teacher's detached."""
     for name, features, count in zip(names, (student, teacher), channels, strict=True):
-        require_feature_map(name, features)
-        if features.shape[1] != count:
-            raise ValueError(
-                f"`{name}` must have the shape (B, {count}, H, W), got {tuple(features.shape)}."
-            )
+        require_channels(name, features, count)
     if resize is not None and student.shape[2:] != teacher.shape[2:]:
         align_corners = False if resize in ("bilinear", "bicubic") else None
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize, align_corners=align_corners)
     require_feature_pair(student, teacher, same_channels=False, names=names)
-    return student, teacher.detach()
+    # Features made under `inference_mode` cannot be saved for a backward; a copy of them can.
+    inference = not torch.compiler.is_compiling() and teacher.is_inference()
+    return student, teacher.clone() if inference else teacher.detach()

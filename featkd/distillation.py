@@ -90,14 +90,14 @@ class FeatureDistillationLoss(nn.Module):
         self.normalize = normalize
         self.single = not isinstance(student_channels, Mapping)
         self.levels = _level_names(student_channels)
-        ours = _per_level("student_channels", student_channels, self.levels)
-        theirs = _per_level("teacher_channels", teacher_channels, self.levels)
         if isinstance(teacher_channels, Mapping) == self.single:
             rule = "an integer" if self.single else "a mapping"
             found = type(teacher_channels).__name__
             raise TypeError(
                 f"`teacher_channels` must be {rule}, as `student_channels` is, got {found}."
             )
+        ours = _per_level("student_channels", student_channels, self.levels)
+        theirs = _per_level("teacher_channels", teacher_channels, self.levels)
         self.channels = {level: (ours[level], theirs[level]) for level in self.levels}
         widths = _per_level("inter_channels", inter_channels, self.levels)
         factors = _per_level("subsample", subsample, self.levels)
@@ -183,7 +183,7 @@ def _level_names(channels: int | Mapping[str, int]) -> tuple[str, ...]:
             found = type(level).__name__
             raise TypeError(f"`student_channels` must have strings for level names, got {found}.")
     # ModuleDict takes no name that is empty or one of its own methods'.
-    taken = [level for level in channels if not level or hasattr(nn.ModuleDict, level)]
+    taken = [level for level in channels if not level or hasattr(nn.ModuleDict(), level)]
     if taken or not channels:
         raise ValueError(
             "`student_channels` must have at least one level, none named like a method of "

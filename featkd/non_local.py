@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import require_choice, require_count, require_feature_map, require_flag
+from ._checks import require_choice, require_count, require_flag
 from ._reduction import Reduction, norm_per_image, reduce_distances, relative_to, require_reduction
-from .adapters import Conv2d, prepare_pair, require_channel_counts, require_resize
+from .adapters import (
+    Conv2d,
+    prepare_pair,
+    require_channel_counts,
+    require_channels,
+    require_resize,
+)
 from .relation import (
     concatenation_relation,
     dot_product_relation,
@@ -83,7 +89,7 @@ class NonLocalRelation(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        require_feature_map("features", features)
+        require_channels("features", features, self.in_channels)
         theta = features if self.theta is None else self.theta(features)
         phi = self._pool(features if self.phi is None else self.phi(features))
         g = self._pool(self.g(features))

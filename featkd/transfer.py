@@ -13,7 +13,6 @@ from ._checks import (
     require_feature_pair,
     require_flag,
     require_shape,
-    require_tensor,
 )
 from ._means import MAPS, OVER_CHANNELS, Attention, attention_maps
 from ._precision import full_precision
@@ -124,7 +123,8 @@ def _adapt(name: str, adapter: Adapter | None, student_map: Tensor, teacher_map:
         return student_map
     with full_precision(student_map):
         adapted = adapter(student_map)
-    require_tensor(name, adapted)
+    if not isinstance(adapted, Tensor):
+        raise TypeError(f"`{name}` must return a tensor, got {type(adapted).__name__}.")
     require_shape(name, adapted, tuple(teacher_map.shape), "a result of the shape")
     return adapted
 
