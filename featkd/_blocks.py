@@ -11,8 +11,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _BLOCK_BYTES = 1 << 21
+
+
+def takes_closed_form() -> bool:
+    """Reverse mode in eager does; the compiler fuses the plain formula, forward mode derives it."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level < 0
 
 
 def channel_blocks(features: Tensor) -> list[slice]:

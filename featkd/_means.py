@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, map_blocks
+from ._blocks import channel_blocks, map_blocks, takes_closed_form
 from ._precision import compute_dtype
 
 Attention = Literal["both", "spatial", "channel"]
@@ -27,7 +27,7 @@ def attention_maps(
     features: Tensor, dims: tuple[Dims, ...], absolute: bool = True
 ) -> tuple[Tensor, ...]:
     """The mean over each of `dims`, :data:`OVER_CHANNELS` or :data:`OVER_POSITIONS`, in one go."""
-    if not torch.compiler.is_compiling():
+    if takes_closed_form():
         means: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
         return means
     wide = features.to(compute_dtype(features))

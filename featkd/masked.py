@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ._blocks import channel_blocks, map_blocks
+from ._blocks import channel_blocks, map_blocks, takes_closed_form
 from ._checks import (
     require_choice,
     require_feature_pair,
@@ -83,8 +83,8 @@ def _require_mask(name: str, mask: Tensor, shape: tuple[int, ...], student: Tens
 def _masked_norm(
     student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
 ) -> Tensor:
-    """Eq. (2) per image, `(B,)`. Eager runs the closed form; the compiler fuses the plain one."""
-    if not torch.compiler.is_compiling():
+    """Eq. (2) per image, `(B,)`."""
+    if takes_closed_form():
         result: Tensor = _MaskedNorm.apply(student, teacher, spatial_mask, channel_mask)
         return result
     dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
@@ -117,7 +117,7 @@ class _MaskedNorm(torch.autograd.Function):
         energies = []
         for block in channel_blocks(teacher):
             difference = student[:, block].to(dtype) - teacher[:, block].to(dtype)
-            energies.append(_weigh(difference.square_(), spatial_mask, None).sum((2, 3)))
+            energies.append(_weigh(difference.square(), spatial_mask, None).sum((2, 3)))
         energy = torch.cat(energies, 1)
         if channel_mask is not None:
             energy = energy * channel_mask.to(dtype)
