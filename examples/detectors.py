@@ -1,0 +1,108 @@
+"""The detectors of the main job: torchvision's own classes, compact for a demonstration or stock."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import MultiScaleRoIAlign
+
+COMPACT = ("fcos", "retinanet", "faster_rcnn")
+STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
+LEVELS = {"c3": "backbone.body.layer2", "c4": "backbone.body.layer3"}
+
+# Width of the first stage, blocks a stage, and channels of the FPN and the heads.
+TEACHER = (32, 2, 64)
+STUDENT = (8, 1, 32)
+
+
+class CompactResNet(ResNet):
+    """torchvision's ResNet of basic blocks, with `width` to `8 * width` channels."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._make_layer(BasicBlock, width, blocks)
+        self.layer2 = self._make_layer(BasicBlock, 2 * width, blocks, stride=2)
+        self.layer3 = self._make_layer(BasicBlock, 4 * width, blocks, stride=2)
+        self.layer4 = self._make_layer(BasicBlock, 8 * width, blocks, stride=2)
+
+
+def compact_backbone(width: int, blocks: int, fpn: int) -> BackboneWithFPN:
+    """Three FPN levels at strides 8, 16 and 32."""
+    return BackboneWithFPN(
+        CompactResNet(width, blocks),
+        return_layers={"layer2": "0", "layer3": "1", "layer4": "2"},
+        in_channels_list=[2 * width, 4 * width, 8 * width],
+        out_channels=fpn,
+        # No pooled fourth level: an object fills at most two thirds of the image.
+        extra_blocks=NoExtraLevels(),
+    )
+
+
+class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        return results, names
+
+
+def build(name: str, role: str, classes: int, size: int) -> nn.Module:
+    """The detector `name` for `role`, `"teacher"` or `"student"`, at random weights.
+
+    `classes` counts the background; `size` is the shorter side of the images inside the model.
+    """
+    if name in STOCK:
+        builder: Callable[..., nn.Module] = getattr(detection, name)
+        longest = size * 1333 // 800
+        return builder(
+            weights=None,
+            weights_backbone=None,
+            num_classes=classes,
+            min_size=size,
+            max_size=longest,
+        )
+    width, blocks, fpn = TEACHER if role == "teacher" else STUDENT
+    backbone = compact_backbone(width, blocks, fpn)
+    sizes = {"min_size": size, "max_size": size * 5 // 3}
+    if name == "fcos":
+        # FCOS gives a level the objects of 4 to 8 times its anchor.
+        anchors = AnchorGenerator(((4,), (8,), (16,)), ((1.0,),) * 3)
+        head = FCOSHead(fpn, 1, classes, num_convs=2)
+        return FCOS(backbone, classes, anchor_generator=anchors, head=head, **sizes)
+    octaves = tuple((s, s * 2 ** (1 / 2)) for s in (10.0, 20.0, 40.0))
+    if name == "retinanet":
+        anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
+        head = RetinaNetHead(fpn, anchors.num_anchors_per_location()[0], classes)
+        shorten_towers(head)
+        return RetinaNet(backbone, classes, anchor_generator=anchors, head=head, **sizes)
+    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
+    return FasterRCNN(
+        backbone,
+        classes,
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0]),
+        rpn_pre_nms_top_n_train=500,
+        rpn_post_nms_top_n_train=200,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_test=100,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=5, sampling_ratio=2),
+        box_head=detection.faster_rcnn.TwoMLPHead(fpn * 25, 2 * fpn),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(2 * fpn, classes),
+        box_batch_size_per_image=64,
+        **sizes,
+    )
+
+
+def shorten_towers(head: RetinaNetHead) -> None:
+    """Two convolutions a tower; torchvision's four are not to be chosen."""
+    for branch in (head.classification_head, head.regression_head):
+        branch.conv = branch.conv[:2]

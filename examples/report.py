@@ -1,0 +1,157 @@
+"""What a finished job leaves to look at: a table, the results as JSON, and three pictures."""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import torchvision
+from detectors import LEVELS
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from training import METRICS, Curve, collate
+
+import featkd
+
+TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
+TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
+COLOURS = {"teacher": "tab:gray", "plain": "tab:blue", "distilled": "tab:orange"}
+
+
+def table(runs: dict[str, Curve]) -> str:
+    """Held-out metrics of each run's last evaluation, and what distillation changes."""
+    final = {name: curve.evaluations[-1][1] for name, curve in runs.items()}
+    rows = [("", *TITLES)]
+    for name, metrics in final.items():
+        rows.append((name, *(f"{metrics[metric]:.3f}" for metric in METRICS)))
+    gains = (final["distilled"][metric] - final["plain"][metric] for metric in METRICS)
+    rows.append(("distilled - plain", *(f"{gain:+.3f}" for gain in gains)))
+    return "\n".join("  ".join([row[0].ljust(17), *(c.rjust(6) for c in row[1:])]) for row in rows)
+
+
+def write_report(
+    options: argparse.Namespace,
+    runs: dict[str, Curve],
+    models: dict[str, nn.Module],
+    held_out: Dataset[Any],
+    classes: tuple[str, ...],
+    device: torch.device,
+) -> None:
+    mpl.use("Agg")
+    folder: Path = options.output
+    images, targets = collate([held_out[i] for i in range(4)])
+    plot_curves(runs, folder / "curves.png")
+    plot_attention(models, images[0], device, folder / "attention.png")
+    plot_detections(models, images, targets, classes, device, folder / "detections.png")
+    results = {
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "versions": {
+            "featkd": featkd.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "runs": {name: vars(curve) for name, curve in runs.items()},
+        "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    print()
+    print(table(runs))
+    print(f"\nresults.json, curves.png, attention.png and detections.png are in {folder}")
+
+
+def plot_curves(runs: dict[str, Curve], file: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in ("plain", "distilled"):
+        losses = torch.tensor(runs[name].losses)
+        window = max(1, len(losses) // 30)
+        smooth = losses.unfold(0, window, 1).mean(1)
+        left.plot(range(window, len(losses) + 1), smooth, color=COLOURS[name], label=name)
+        steps, metrics = zip(*runs[name].evaluations, strict=True)
+        right.plot(steps, [m["map"] for m in metrics], "o-", color=COLOURS[name], label=name)
+    last = runs["teacher"].evaluations[-1][1]["map"]
+    right.axhline(last, color=COLOURS["teacher"], linestyle=":", label="teacher")
+    left.set(xlabel="step", ylabel="detector's loss", title="training (moving average)")
+    right.set(xlabel="step", ylabel="AP", title="held-out images", ylim=(0, None))
+    left.legend()
+    right.legend()
+    save(figure, file)
+
+
+@torch.no_grad()
+def plot_attention(
+    models: dict[str, nn.Module], image: Tensor, device: torch.device, file: Path
+) -> None:
+    """Each model's spatial attention mask over an image, sharper from right to left (figure 4)."""
+    level, path = next(iter(LEVELS.items()))
+    columns = 1 + len(TEMPERATURES)
+    figure, axes = plt.subplots(
+        len(models), columns, figsize=(2.2 * columns, 2.2 * len(models)), layout="constrained"
+    )
+    height, width = image.shape[-2:]
+    for row, (name, model) in zip(axes, models.items(), strict=True):
+        with featkd.FeatureTap(model.eval(), {level: path}) as tap:
+            model([image.to(device)])
+            attention = featkd.spatial_attention(tap.pop()[level])
+        show(row[0], image)
+        row[0].set_ylabel(f"{name}, {level}")
+        for axis, temperature in zip(row[1:], TEMPERATURES, strict=True):
+            none = torch.zeros_like(attention)
+            mask = featkd.attention_mask(attention, none, temperature=temperature)[0].cpu()
+            show(axis, image)
+            axis.imshow(mask, extent=(0, width, height, 0), alpha=0.6, cmap="inferno", vmin=0)
+            axis.set_title(f"T = {temperature:g}, max {mask.max():.1f}", fontsize=8)
+    save(figure, file)
+
+
+@torch.no_grad()
+def plot_detections(
+    models: dict[str, nn.Module],
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    classes: tuple[str, ...],
+    device: torch.device,
+    file: Path,
+) -> None:
+    """The truth and both students' detections of at least 0.3."""
+    found = {"truth": targets}
+    for name in ("plain", "distilled"):
+        found[name] = models[name].eval()([image.to(device) for image in images])
+    figure, axes = plt.subplots(
+        len(found), len(images), figsize=(2.6 * len(images), 2.6 * len(found)), layout="constrained"
+    )
+    for row, (name, results) in zip(axes, found.items(), strict=True):
+        row[0].set_ylabel(name)
+        for axis, image, result in zip(row, images, results, strict=True):
+            show(axis, image)
+            scores = result.get("scores", torch.ones(len(result["labels"])))
+            for box, label, score in zip(result["boxes"], result["labels"], scores, strict=True):
+                if score >= 0.3:
+                    draw(axis, box.tolist(), f"{classes[int(label)]} {score:.1f}", int(label))
+    save(figure, file)
+
+
+def show(axis: Axes, image: Tensor) -> None:
+    axis.imshow(image.permute(1, 2, 0))
+    axis.set(xticks=[], yticks=[])
+
+
+def draw(axis: Axes, box: list[float], text: str, label: int) -> None:
+    left, top, right, bottom = box
+    colour = f"C{label}"
+    axis.add_patch(
+        Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.2)
+    )
+    axis.text(left, top, text, fontsize=6, color="white", backgroundcolor=colour, va="bottom")
+
+
+def save(figure: Any, file: Path) -> None:
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,174 @@
+"""Scenes for a detector, drawn from a seed: image `i` is a pure function of `(seed, i)`.
+
+Six shapes are the classes. Colour, texture, angle and size say nothing of the class; the background
+is textured; strokes and soft blobs are clutter of no class; shapes overlap, but at least
+`MIN_VISIBLE` of each stays in sight.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Window = tuple[slice, slice]
+
+CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross")
+SIZE = 96
+RADII = (4.0, 30.0)  # drawn log-uniformly, so that small and large objects are equally common
+OBJECTS = (2, 6)
+CLUTTER = (3, 7)
+MIN_VISIBLE = 0.6
+PLACEMENTS = 20  # tries before an object is given up for want of room
+
+ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+
+
+def signed_distance(shape: str, u: Array, v: Array) -> Array:
+    """Distance of each point to the shape of radius 1 around the origin, negative inside it."""
+    radius, extent = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
+    match shape:
+        case "disc":
+            return radius - 1
+        case "ring":
+            return np.abs(radius - 0.72) - 0.28
+        case "square":
+            return extent - 0.85
+        case "frame":
+            return np.abs(extent - 0.61) - 0.24
+        case "triangle":
+            return np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.55
+        case "cross":
+            return np.maximum(extent - 1, np.minimum(np.abs(u), np.abs(v)) - 0.3)
+    raise ValueError(f"`shape` must be one of {CLASSES}, got {shape!r}")
+
+
+def smooth_noise(rng: np.random.Generator, cells: int) -> Array:
+    """`(SIZE, SIZE)` noise in -1..1 that varies over `cells` cells a side."""
+    grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
+    position = np.linspace(0, cells, SIZE, endpoint=False, dtype=np.float32)
+    cell = position.astype(np.intp)
+    weight = position - cell
+    rows = grid[cell] * (1 - weight[:, None]) + grid[cell + 1] * weight[:, None]
+    return rows[:, cell] * (1 - weight) + rows[:, cell + 1] * weight
+
+
+def background(rng: np.random.Generator) -> Array:
+    """Coloured noise at a coarse and a fine scale, `(SIZE, SIZE, 3)`."""
+    canvas = np.tile(rng.uniform(0.15, 0.85, 3).astype(np.float32), (SIZE, SIZE, 1))
+    for cells, strength in ((4, 0.25), (24, 0.15)):
+        canvas += smooth_noise(rng, cells)[..., None] * rng.uniform(-strength, strength, 3)
+    return canvas
+
+
+def window(centre: Array, reach: float) -> Window:
+    """The part of the canvas within `reach` of `centre = (x, y)`."""
+    low = np.clip(centre - reach, 0, SIZE).astype(int)
+    high = np.clip(centre + reach + 1, 0, SIZE).astype(int)
+    return slice(low[1], high[1]), slice(low[0], high[0])
+
+
+def local_axes(place: Window, centre: Array, angle: float) -> tuple[Array, Array]:
+    """Pixel coordinates in a frame at `centre`, turned by `angle`."""
+    x, y = COLUMNS[place] - centre[0], ROWS[place] - centre[1]
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return x * cos + y * sin, y * cos - x * sin
+
+
+def paint(rng: np.random.Generator, canvas: Array, place: Window, coverage: Array) -> None:
+    """Lays a colour with fine, coarse or no visible stripes over the canvas where covered."""
+    colour, tint = rng.uniform(0, 1, 3), rng.uniform(-0.2, 0.2, 3)
+    along, _ = local_axes(place, rng.uniform(0, SIZE, 2), rng.uniform(0, np.pi))
+    wave = np.sin(along * np.float32(2 * np.pi / rng.choice([5, 9, 60])))
+    texture = (colour + wave[..., None] * tint).astype(np.float32)
+    canvas[place] += coverage[..., None] * (texture - canvas[place])
+
+
+def add_clutter(rng: np.random.Generator, canvas: Array) -> None:
+    """Draws one stroke or one soft blob."""
+    centre = rng.uniform(0, SIZE, 2)
+    place = window(centre, 30)
+    along, across = local_axes(place, centre, rng.uniform(0, np.pi))
+    if rng.random() < 0.5:
+        length, thickness = rng.uniform(4, 25), rng.uniform(0.5, 1.5)
+        beyond = np.maximum(np.abs(along) - length, 0)
+        coverage = np.clip(thickness + 0.5 - np.hypot(beyond, across), 0, 1)
+    else:
+        long, wide = rng.uniform(3, 12, 2)
+        coverage = np.exp(-((along / long) ** 2) - (across / wide) ** 2)
+    paint(rng, canvas, place, coverage)
+
+
+def place_object(
+    rng: np.random.Generator, shape: str, others: list[tuple[Mask, int]]
+) -> tuple[Window, Array] | None:
+    """Where one object lies and its coverage there, or None where it would hide another.
+
+    `others` holds each earlier object's visible pixels and its area.
+    """
+    radius = np.exp(rng.uniform(*np.log(RADII)))
+    for _ in range(PLACEMENTS):
+        centre = rng.uniform(radius, SIZE - radius, 2)
+        place = window(centre, 1.2 * radius + 2)
+        u, v = local_axes(place, centre, rng.uniform(-0.45, 0.45))
+        coverage = np.clip(0.5 - signed_distance(shape, u / radius, v / radius) * radius, 0, 1)
+        hides = coverage > 0.5
+        if all(
+            visible.sum() - visible[place][hides].sum() >= MIN_VISIBLE * area
+            for visible, area in others
+        ):
+            return place, coverage
+    return None
+
+
+def draw_scene(seed: int, index: int) -> tuple[NDArray[np.uint8], list[list[int]], list[int]]:
+    """Image `(SIZE, SIZE, 3)`, boxes `[x1, y1, x2, y2]` and labels, which count from 1."""
+    rng = np.random.default_rng((seed, index))
+    canvas = background(rng)
+    for _ in range(rng.integers(*CLUTTER, endpoint=True)):
+        add_clutter(rng, canvas)
+    boxes, labels = [], []
+    others: list[tuple[Mask, int]] = []
+    for _ in range(rng.integers(*OBJECTS, endpoint=True)):
+        label = int(rng.integers(len(CLASSES)))
+        if (placed := place_object(rng, CLASSES[label], others)) is None:
+            continue
+        place, coverage = placed
+        paint(rng, canvas, place, coverage)
+        inside = np.zeros((SIZE, SIZE), bool)
+        inside[place] = coverage > 0.5
+        for visible, _ in others:
+            visible &= ~inside
+        others.append((inside, int(inside.sum())))
+        (rows,), (columns,) = inside.any(1).nonzero(), inside.any(0).nonzero()
+        boxes.append([int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1])
+        labels.append(label + 1)
+    canvas += rng.normal(0, 0.02, canvas.shape).astype(np.float32)
+    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8), boxes, labels
+
+
+class Scenes(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
+    """`length` scenes of `seed`, each as a uint8 image `(3, SIZE, SIZE)` and its target."""
+
+    classes = ("background", *CLASSES)
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.seed = seed
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"`index` must be in 0..{self.length - 1}, got {index}")
+        image, boxes, labels = draw_scene(self.seed, index)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(SIZE, SIZE)),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+        }
+        return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target

@@ -1,0 +1,211 @@
+"""One training run: data order, loop, weight average, checkpoints and evaluation."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+
+
+@dataclass
+class Settings:
+    """What a run needs beside its model and data; `area_scale` see :func:`evaluate`."""
+
+    batch_size: int
+    learning_rate: float
+    seed: int
+    device: torch.device
+    amp: bool
+    workers: int
+    checkpoint_every: int
+    evaluations: int
+    area_scale: float
+
+
+@dataclass
+class Curve:
+    """What one run leaves: losses by step, held-out metrics by step, and the time it took."""
+
+    losses: list[float] = field(default_factory=list)
+    distillation: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Alone(nn.Module):
+    """A detector with the call of a `featkd.Distiller`, and nothing to distil."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, *args: Any) -> tuple[Any, dict[str, Tensor]]:
+        return self.student(*args), {}
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batch_indices(
+    length: int, batch_size: int, seed: int, first: int, last: int
+) -> list[list[int]]:
+    """The images of steps `first` to `last`, a pure function of seed and step; this rank's share."""
+    rank, ranks = world()
+    orders: dict[int, list[int]] = {}
+
+    def image(position: int) -> int:
+        epoch, place = divmod(position, length)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(length, generator=generator).tolist()
+        return orders[epoch][place]
+
+    starts = range(first * batch_size, last * batch_size, batch_size)
+    return [[image(start + i) for i in range(rank, batch_size, ranks)] for start in starts]
+
+
+def collate(
+    samples: list[tuple[Tensor, dict[str, Any]]],
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    images = [
+        F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor) for image, _ in samples
+    ]
+    return images, [{k: v.as_subclass(Tensor) for k, v in target.items()} for _, target in samples]
+
+
+def to_device(batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: torch.device) -> Any:
+    images, targets = batch
+    moved = [{k: v.to(device) for k, v in target.items()} for target in targets]
+    return [image.to(device) for image in images], moved
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    data: Dataset[Any],
+    held_out: Dataset[Any],
+    steps: int,
+    settings: Settings,
+    checkpoint: Path,
+) -> Curve:
+    """Trains `model` (an :class:`Alone` or a distiller); its student ends at the averaged weights.
+
+    Goes on from `checkpoint` where there is one, to the same result as an unbroken run.
+    """
+    rank, ranks = world()
+    model.to(settings.device).train()
+    student: nn.Module = model.student  # type: ignore[assignment]
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        settings.learning_rate,
+        weight_decay=0.05,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.15
+    )
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    curve, done = load(checkpoint, parts, settings.device) if checkpoint.exists() else (Curve(), 0)
+    if done == 0:
+        torch.manual_seed(settings.seed + rank)
+    stepped = DistributedDataParallel(model) if ranks > 1 else model
+    indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)  # type: ignore[arg-type]
+    loader = DataLoader(
+        data, batch_sampler=indices, collate_fn=collate, num_workers=settings.workers
+    )
+    marks = {steps * (i + 1) // settings.evaluations for i in range(settings.evaluations)}
+    started = time.perf_counter() - curve.seconds
+    with tqdm(total=steps, initial=done, desc=name, unit="step", disable=rank > 0) as bar:
+        for step, batch in enumerate(loader, done + 1):
+            batch = to_device(batch, settings.device)
+            cast = (
+                torch.autocast(settings.device.type, torch.bfloat16)
+                if settings.amp
+                else nullcontext()
+            )
+            with cast:
+                losses, distillation = stepped(*batch)
+            total = sum((losses | distillation).values())
+            optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(student)
+            curve.losses.append(sum(loss.item() for loss in losses.values()))
+            curve.distillation.append(sum(loss.item() for loss in distillation.values()))
+            bar.set_postfix(loss=f"{curve.losses[-1]:.2f}", distil=f"{curve.distillation[-1]:.2f}")
+            bar.update()
+            if step in marks:
+                if rank == 0:
+                    metrics = evaluate(average.module, held_out, settings)
+                    curve.evaluations.append((step, metrics))
+                    bar.write(f"{name}: step {step}, held-out AP {metrics['map']:.3f}")
+                if ranks > 1:
+                    dist.barrier()
+            curve.seconds = time.perf_counter() - started
+            if step % settings.checkpoint_every == 0 or step == steps:
+                save(checkpoint, parts, curve, step)
+    student.load_state_dict(average.module.state_dict())
+    return curve
+
+
+def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
+    """Whole or not at all: an interrupt leaves the checkpoint before."""
+    if world()[0] > 0:
+        return
+    content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    content |= {"curve": vars(curve), "step": step, "rng": torch.get_rng_state()}
+    write_atomically(path, content)
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    os.replace(partial, path)  # noqa: PTH105
+
+
+def load(path: Path, parts: dict[str, Any], device: torch.device) -> tuple[Curve, int]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    torch.set_rng_state(content["rng"])
+    return Curve(**content["curve"]), content["step"]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset[Any], settings: Settings) -> dict[str, float]:
+    """COCO metrics on `data`; sizes S, M, L as if images were `area_scale` times as wide."""
+    metric = MeanAveragePrecision(backend="faster_coco_eval")
+    metric.warn_on_many_detections = False
+    for images, targets in batches(data, settings):
+        found = model.eval()(images)
+        metric.update(scaled(found, settings.area_scale), scaled(targets, settings.area_scale))
+    values = metric.compute()
+    return {name: float(values[name]) for name in METRICS}
+
+
+def batches(data: Dataset[Any], settings: Settings) -> Iterator[Any]:
+    loader = DataLoader(data, batch_size=16, collate_fn=collate, num_workers=settings.workers)
+    for batch in loader:
+        yield to_device(batch, settings.device)
+
+
+def scaled(results: list[dict[str, Tensor]], factor: float) -> list[dict[str, Tensor]]:
+    return [{**result, "boxes": result["boxes"] * factor} for result in results]
