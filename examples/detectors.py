@@ -1,4 +1,4 @@
-"""The detectors of the main job: torchvision's own classes, compact for a demonstration or stock."""
+"""The detectors of the main job: torchvision's own classes, compact for a show or stock."""
 
 from collections.abc import Callable
 
@@ -87,7 +87,6 @@ def build(name: str, role: str, classes: int, size: int) -> nn.Module:
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
     return FasterRCNN(
         backbone,
-        classes,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0]),
         rpn_pre_nms_top_n_train=500,

@@ -159,6 +159,7 @@ class Scenes(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
     def __init__(self, seed: int, length: int) -> None:
         self.seed = seed
         self.length = length
+        self.drawn: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -166,7 +167,9 @@ class Scenes(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         if not 0 <= index < self.length:
             raise IndexError(f"`index` must be in 0..{self.length - 1}, got {index}")
-        image, boxes, labels = draw_scene(self.seed, index)
+        if index not in self.drawn:
+            self.drawn[index] = draw_scene(self.seed, index)
+        image, boxes, labels = self.drawn[index]
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(SIZE, SIZE)),
             "labels": torch.tensor(labels, dtype=torch.int64),

@@ -65,7 +65,7 @@ def world() -> tuple[int, int]:
 def batch_indices(
     length: int, batch_size: int, seed: int, first: int, last: int
 ) -> list[list[int]]:
-    """The images of steps `first` to `last`, a pure function of seed and step; this rank's share."""
+    """This rank's images at steps `first` to `last`, a pure function of seed and step."""
     rank, ranks = world()
     orders: dict[int, list[int]] = {}
 
