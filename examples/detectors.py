@@ -15,11 +15,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
 STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
-LEVELS = {"c3": "backbone.body.layer2", "c4": "backbone.body.layer3"}
+LEVELS = ("backbone.body.layer2", "backbone.body.layer3")
 
 # Width of the first stage, blocks a stage, and channels of the FPN and the heads.
-TEACHER = (32, 2, 64)
-STUDENT = (8, 1, 32)
+TEACHER = (24, 1, 64)
+STUDENT = (4, 1, 64)
 
 
 class CompactResNet(ResNet):
@@ -30,6 +30,7 @@ class CompactResNet(ResNet):
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity()
         self.layer1 = self._make_layer(BasicBlock, width, blocks)
         self.layer2 = self._make_layer(BasicBlock, 2 * width, blocks, stride=2)
         self.layer3 = self._make_layer(BasicBlock, 4 * width, blocks, stride=2)
@@ -37,7 +38,7 @@ class CompactResNet(ResNet):
 
 
 def compact_backbone(width: int, blocks: int, fpn: int) -> BackboneWithFPN:
-    """Three FPN levels at strides 8, 16 and 32."""
+    """Three FPN levels at strides 4, 8 and 16."""
     return BackboneWithFPN(
         CompactResNet(width, blocks),
         return_layers={"layer2": "0", "layer3": "1", "layer4": "2"},

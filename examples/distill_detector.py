@@ -141,7 +141,7 @@ def new_distiller(
 ) -> featkd.Distiller:
     images = [torch.zeros(3, options.size, options.size)]
     match = featkd.match_layers(student, teacher, images)
-    levels = {level: pair for level, pair in match.pairs.items() if level in LEVELS}
+    levels = {level: pair for level, pair in match.pairs.items() if pair[0].path in LEVELS}
     loss = featkd.FeatureDistillationLoss(
         {level: ours.channels for level, (ours, _) in levels.items()},
         {level: theirs.channels for level, (_, theirs) in levels.items()},
