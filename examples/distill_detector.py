@@ -35,6 +35,13 @@ PRESETS = {
     "released_two_stage": featkd.RELEASED_TWO_STAGE,
     "released_one_stage": featkd.RELEASED_ONE_STAGE,
 }
+QUICK = {
+    "teacher_steps": 12,
+    "steps": 12,
+    "train_images": 96,
+    "held_out_images": 24,
+    "evaluations": 2,
+}
 # What may differ between an interrupted run and its resumption.
 FREE = {"resume", "workers", "checkpoint_every", "output"}
 
@@ -69,11 +76,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/distill_detector"))
     add("--resume", action="store_true", help="go on with the unfinished run in --output")
     add("--quick", action="store_true", help="a handful of steps and images: a test of the path")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.teacher_steps = options.steps = 12
-        options.train_images, options.held_out_images, options.evaluations = 96, 24, 2
-        options.checkpoint_every = 5
     if options.size is None:
         options.size = 800 if options.detector in STOCK else 96
     if options.data == "coco" and not (options.images and options.annotations):

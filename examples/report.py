@@ -90,22 +90,23 @@ def plot_attention(
     models: dict[str, nn.Module], image: Tensor, device: torch.device, file: Path
 ) -> None:
     """Each model's spatial attention mask over an image, sharper from right to left (figure 4)."""
-    level, path = next(iter(LEVELS.items()))
+    path = LEVELS[0]
     columns = 1 + len(TEMPERATURES)
     figure, axes = plt.subplots(
         len(models), columns, figsize=(2.2 * columns, 2.2 * len(models)), layout="constrained"
     )
     height, width = image.shape[-2:]
     for row, (name, model) in zip(axes, models.items(), strict=True):
-        with featkd.FeatureTap(model.eval(), {level: path}) as tap:
+        with featkd.FeatureTap(model.eval(), [path]) as tap:
             model([image.to(device)])
-            attention = featkd.spatial_attention(tap.pop()[level])
+            attention = featkd.spatial_attention(tap.pop()[path])
         show(row[0], image)
-        row[0].set_ylabel(f"{name}, {level}")
+        row[0].set_ylabel(name)
+        grey = image.mean(0, keepdim=True).expand_as(image)
         for axis, temperature in zip(row[1:], TEMPERATURES, strict=True):
             none = torch.zeros_like(attention)
             mask = featkd.attention_mask(attention, none, temperature=temperature)[0].cpu()
-            show(axis, image)
+            show(axis, grey)
             axis.imshow(mask, extent=(0, width, height, 0), alpha=0.6, cmap="inferno", vmin=0)
             axis.set_title(f"T = {temperature:g}, max {mask.max():.1f}", fontsize=8)
     save(figure, file)

@@ -182,12 +182,12 @@ def _level_names(channels: int | Mapping[str, int]) -> tuple[str, ...]:
         if not isinstance(level, str):
             found = type(level).__name__
             raise TypeError(f"`student_channels` must have strings for level names, got {found}.")
-    # ModuleDict takes no name that is empty or one of its own methods'.
-    taken = [level for level in channels if not level or hasattr(nn.ModuleDict(), level)]
+    # ModuleDict takes no name that is empty or one of its own attributes'.
+    taken = [name for name in channels if not name or "/" in name or hasattr(nn.ModuleDict(), name)]
     if taken or not channels:
         raise ValueError(
-            "`student_channels` must have at least one level, none named like a method of "
-            f"nn.ModuleDict, got {list(channels)}."
+            "`student_channels` must have at least one level, none with a '/' or named like an "
+            f"attribute of nn.ModuleDict, got {list(channels)}."
         )
     return tuple(channels)
 

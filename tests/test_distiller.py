@@ -1,0 +1,567 @@
+"""Distiller: the student's output untouched, the same pixels, and a teacher that never moves."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from cases import close
+from models import (
+    LEVELS,
+    Net,
+    detector,
+    detector_images,
+    detector_targets,
+    detr,
+    distillation_loss,
+    hook_count,
+    images,
+    plain_hooks,
+    raises,
+    rt_detr,
+    snapshot,
+    timm_backbone,
+    unchanged,
+    watch,
+)
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from featkd import Distiller
+
+
+def make(student=4, teacher=6, **options):
+    return Distiller(
+        Net(student), Net(teacher), distillation_loss(student, teacher), LEVELS, **options
+    )
+
+
+class Seen(nn.Module):
+    """A loss that keeps what it was given; its gradient reaches every student feature."""
+
+    def forward(self, student, teacher):
+        self.student, self.teacher = student, teacher
+        return {"seen": sum(feature.square().mean() for feature in student.values())}
+
+
+class Inputs(list):
+    """What enters a module, call by call."""
+
+    def __init__(self, module):
+        super().__init__()
+        module.register_forward_pre_hook(lambda module, args: self.append(args[0].clone()))
+
+
+# --- what it returns ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+def test_the_output_is_the_students_and_the_losses_are_of_plain_hooks(shared_input):
+    distiller = make(shared_input=shared_input)
+    student, teacher = copy.deepcopy((distiller.student, distiller.teacher))
+    features = [
+        plain_hooks(model, LEVELS.values(), partial(model, images()))
+        for model in (student, teacher.eval())
+    ]
+    output, losses = distiller(images())
+    close(output, copy.deepcopy(student).train()(images()), 0.0)
+    ours, theirs = ({level: f[path] for level, path in LEVELS.items()} for f in features)
+    expected = distiller.loss(ours, theirs)
+    assert losses.keys() == expected.keys()
+    for name, value in losses.items():
+        close(value, expected[name])
+
+
+def test_the_gradient_reaches_the_students_backbone_and_the_adapters_alone():
+    distiller = make()
+    sum(distiller(images())[1].values()).backward()
+    for name, parameter in distiller.named_parameters():
+        if name.startswith("student.head") or not parameter.requires_grad:
+            assert parameter.grad is None, name
+        elif not name.endswith("conv.bias"):  # a batch norm takes these away
+            assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+
+
+def test_another_path_for_each_model():
+    student, teacher = Net(4), HasTrunk(6)
+    layers = {level: (path, path.replace("backbone", "trunk")) for level, path in LEVELS.items()}
+    distiller = Distiller(student, teacher, distillation_loss(), layers)
+    assert distiller(images())[1]["non_local"] > 0
+
+
+class HasTrunk(nn.Module):
+    """A `Net` whose backbone has another name."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.trunk = Net(width).backbone
+        self.calls = 0
+
+    def forward(self, images, scale=1):
+        self.calls += 1
+        return self.trunk(scale * images)
+
+
+def test_any_module_of_two_mappings_is_a_loss():
+    distiller = Distiller(Net(4), Net(6), Seen(), LEVELS)
+    _, losses = distiller(images())
+    assert losses.keys() == {"seen"}
+    assert distiller.loss.teacher.keys() == distiller.loss.student.keys() == LEVELS.keys()
+
+
+def test_evaluation_without_gradients():
+    distiller = make().eval()
+    with torch.no_grad():
+        output, losses = distiller(images())
+    close(output, distiller.student(images()), 0.0)
+    assert not any(value.requires_grad for value in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_dtype(dtype):
+    distiller = Distiller(
+        Net(4).float(),
+        Net(6).to(dtype),
+        distillation_loss().float(),
+        LEVELS,
+        shared_input="backbone",
+    )
+    _, losses = distiller(images().float())
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_autocast():
+    distiller = make().float()
+    distiller.teacher.float()
+    expected = distiller(images().float())[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses = distiller(images().float())
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        close(value, expected[name], 0.05)
+
+
+def test_a_frozen_student_is_an_error():
+    distiller = make()
+    distiller.student.backbone.requires_grad_(False)
+    raises(RuntimeError, lambda: distiller(images()), "'backbone.c1'")
+
+
+# --- the teacher ----------------------------------------------------------------------------------
+
+
+class Watched(Net):
+    """Notes on every call whether it trains and whether gradients are recorded."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.backbone.c2.register_forward_hook(
+            lambda module, args, output: self.seen.append(
+                (any(m.training for m in self.modules()), output.requires_grad)
+            )
+        )
+        self.seen = []
+
+
+def train_teacher(distiller):
+    distiller.teacher.train()
+
+
+def train_distiller(distiller):
+    distiller.train()
+
+
+def train_a_part(distiller):
+    distiller.teacher.backbone.c1.norm.train()
+
+
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+@pytest.mark.parametrize("disturb", [train_distiller, train_teacher, train_a_part])
+def test_the_teacher_evaluates_and_stays_bit_equal_whatever_is_set_to_train(disturb, shared_input):
+    teacher = Watched(6)
+    distiller = Distiller(Net(4), teacher, distillation_loss(), LEVELS, shared_input=shared_input)
+    optimizer = torch.optim.AdamW(distiller.parameters(), 0.1)
+    before, student = snapshot(teacher), snapshot(distiller.student)
+    for seed in range(3):
+        disturb(distiller)
+        output, losses = distiller(images(seed=seed))
+        (output.square().mean() + sum(losses.values())).backward()
+        optimizer.step()
+    assert teacher.seen == [(False, False)] * 3
+    assert unchanged(teacher, before)
+    assert not unchanged(distiller.student, student)
+
+
+def test_train_and_eval_of_the_distiller_reach_the_student():
+    distiller = make()
+    assert distiller.train().student.backbone.c1.training
+    assert not distiller.eval().student.backbone.c1.training
+
+
+def test_the_teacher_is_no_part_of_the_distiller():
+    distiller = make()
+    teacher = distiller.teacher
+    children = {"student": distiller.student, "loss": distiller.loss}
+    assert dict(distiller.named_children()) == children
+    held = {id(value) for value in [*teacher.parameters(), *teacher.buffers()]}
+    assert not held & {id(value) for value in [*distiller.parameters(), *distiller.buffers()]}
+    assert not set(teacher.modules()) & set(distiller.modules())
+    prefixes = {name.split(".")[0] for name in distiller.state_dict()}
+    assert prefixes == {"student", "loss"}
+    distiller.float()
+    assert next(teacher.parameters()).dtype == torch.float64
+
+
+def test_the_state_dict_goes_into_another_distiller():
+    first, second = make(), make()
+    second.load_state_dict(first.state_dict())
+    close(second(images())[0], first(images())[0], 0.0)
+
+
+# --- the same pixels ------------------------------------------------------------------------------
+
+
+def resizing(name, seed):
+    torch.manual_seed(seed)
+    return detector(name, min_size=(48, 64, 80, 96), max_size=128)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "layers"),
+    [
+        ("mobilenet", "rpn", {"c3": "backbone.body.6"}),
+        ("retinanet", "head", {"c3": "backbone.body.layer2"}),
+    ],
+)
+def test_a_detector_that_resizes_at_random_gives_its_pixels_to_the_teachers_backbone(
+    name, head, layers
+):
+    student, teacher = resizing(name, 1).train(), resizing(name, 2)
+    distiller = Distiller(student, teacher, Seen(), layers, shared_input="backbone")
+    ours, theirs = Inputs(student.backbone), Inputs(teacher.backbone)
+    rest = Inputs(teacher.transform), Inputs(teacher.get_submodule(head))
+    for _ in range(6):
+        distiller(detector_images(), detector_targets())
+        assert distiller.loss.student["c3"].shape == distiller.loss.teacher["c3"].shape
+    assert len({tensor.shape for tensor in ours}) > 1
+    assert all(map(torch.equal, ours, theirs))
+    assert len(theirs) == 6
+    assert not any(rest)
+
+
+@pytest.mark.parametrize("wrap", [lambda teacher: teacher, AveragedModel], ids=["bare", "averaged"])
+def test_the_shared_input_runs_that_part_of_the_teacher_alone(wrap):
+    teacher = Net(6)
+    distiller = Distiller(
+        Net(4), wrap(teacher), distillation_loss(), LEVELS, shared_input="backbone"
+    )
+    teacher = getattr(distiller.teacher, "module", distiller.teacher)
+    ours, theirs = Inputs(distiller.student.backbone), Inputs(teacher.backbone)
+    head = Inputs(teacher.head)
+    distiller(images())
+    assert torch.equal(ours[0], theirs[0])
+    assert not head
+
+
+def test_the_shared_input_of_a_pair_of_paths():
+    teacher = HasTrunk(6)
+    layers = {level: (path, path.replace("backbone", "trunk")) for level, path in LEVELS.items()}
+    pair = ("backbone", "trunk")
+    distiller = Distiller(Net(4), teacher, distillation_loss(), layers, shared_input=pair)
+    ours, theirs = Inputs(distiller.student.backbone), Inputs(teacher.trunk)
+    distiller(images())
+    assert torch.equal(ours[0], theirs[0])
+    assert teacher.calls == 0
+
+
+def test_a_teacher_that_is_a_bare_backbone():
+    layers = {"c1": ("backbone.c1", "c1"), "c2": ("backbone.c2", "c2")}
+    teacher = Net(6).backbone
+    pair = ("backbone", "")
+    distiller = Distiller(Net(4), teacher, distillation_loss(), layers, shared_input=pair)
+    theirs = Inputs(teacher)
+    distiller(images())
+    assert torch.equal(theirs[0], images())
+
+
+def test_the_output_of_the_shared_part_itself_can_be_tapped():
+    layers = {"c1": "backbone.c1", "c2": "backbone"}
+    distiller = Distiller(Net(4), Net(6), distillation_loss(), layers, shared_input="backbone")
+    assert distiller(images())[1]["non_local"] > 0
+
+
+def test_teacher_forward_replaces_the_call():
+    teacher = HasTrunk(6)
+    layers = {level: (path, path.replace("backbone", "trunk")) for level, path in LEVELS.items()}
+
+    def forward(model, batch, **options):
+        assert model is teacher
+        model.trunk(2 * batch)
+
+    distiller = Distiller(Net(4), teacher, distillation_loss(), layers, teacher_forward=forward)
+    theirs = Inputs(teacher.trunk)
+    distiller(images())
+    close(theirs[0], 2 * images(), 0.0)
+    assert teacher.calls == 0
+
+
+def test_with_neither_the_teacher_is_called_as_the_student_is():
+    student, teacher = HasTrunk(4), HasTrunk(6)
+    layers = {"c1": "trunk.c1", "c2": "trunk.c2"}
+    distiller = Distiller(student, teacher, distillation_loss(), layers)
+    inputs = Inputs(student.trunk), Inputs(teacher.trunk)
+    distiller(images(), scale=3)
+    for given in inputs:
+        close(given[0], 3 * images(), 0.0)
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def by_torch_save(distiller):
+    file = io.BytesIO()
+    torch.save(distiller, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda distiller: pickle.loads(pickle.dumps(distiller)),
+    "torch.save": by_torch_save,
+    "AveragedModel": lambda distiller: AveragedModel(distiller).module,
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+def test_a_copy_works_on_its_own(make_copy, shared_input):
+    distiller = make(shared_input=shared_input)
+    distiller(images())
+    duplicate = make_copy(distiller)
+    assert duplicate.student is not distiller.student
+    assert duplicate.teacher is not distiller.teacher
+    seen = Inputs(distiller.student), Inputs(distiller.teacher)
+    output, losses = duplicate(images())
+    assert not any(seen)
+    expected_output, expected = distiller(images())
+    close(output, expected_output, 0.0)
+    for name, value in losses.items():
+        close(value, expected[name], 0.0)
+    output.sum().backward()
+    assert distiller.student.head.weight.grad is None
+
+
+def test_the_hooks_go_with_the_distiller():
+    distiller = make(shared_input="backbone")
+    student, teacher = distiller.student, distiller.teacher
+    assert hook_count(student) > 0 < hook_count(teacher)
+    del distiller
+    assert hook_count(student) == hook_count(teacher) == 0
+
+
+def test_a_replica_of_data_parallel_is_an_error():
+    distiller = make()
+    replica = distiller._replicate_for_data_parallel()
+    replica.student = distiller.student._replicate_for_data_parallel()
+    raises(RuntimeError, lambda: replica(images()), "DataParallel")
+
+
+# --- what a training script does to the student ---------------------------------------------------
+
+
+class Checkpointed(Net):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, images):
+        images = images.requires_grad_()
+        return self.head(checkpoint(self.backbone, images, use_reentrant=self.use_reentrant))
+
+
+def test_a_checkpointed_student_has_the_gradients_of_a_plain_one():
+    plain = make(shared_input="backbone")
+    student = Checkpointed(use_reentrant=False)
+    student.load_state_dict(plain.student.state_dict())
+    loss, teacher = copy.deepcopy((plain.loss, plain.teacher))
+    distiller = Distiller(student, teacher, loss, LEVELS, shared_input="backbone")
+    for _ in range(2):
+        for each in (plain, distiller):
+            output, losses = each(images())
+            (output.square().mean() + sum(losses.values())).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            close(parameter.grad, expected[name].grad)
+
+
+def test_a_student_with_reentrant_checkpointing_is_an_error():
+    student = Checkpointed(use_reentrant=True)
+    distiller = Distiller(student, Net(6), distillation_loss(), LEVELS)
+    raises(RuntimeError, lambda: distiller(images()), "use_reentrant=False")
+
+
+def test_the_student_exports_as_if_it_had_never_been_distilled():
+    distiller = make(shared_input="backbone")
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.01)
+    for _ in range(2):
+        output, losses = distiller(images())
+        (output.square().mean() + sum(losses.values())).backward()
+        optimizer.step()
+    student, untouched = distiller.student.eval(), Net().eval()
+    untouched.load_state_dict(student.state_dict())
+    programs = [torch.export.export(model, (images(),)) for model in (student, untouched)]
+    assert str(programs[0]) == str(programs[1])
+    close(programs[0].module()(images()), untouched(images()), 0.0)
+
+
+# --- real models ----------------------------------------------------------------------------------
+
+BODY = {"c3": "backbone.body.layer2", "c4": "backbone.body.layer3"}
+BODY_OF_MOBILENET = {
+    "c3": ("backbone.body.6", "backbone.body.layer2"),
+    "c4": ("backbone.body.12", "backbone.body.layer3"),
+}
+FEATURES = {"c3": "backbone.features.0.6", "c4": "backbone.features.0.12"}
+HF_STAGES = {
+    "c3": "model.backbone.model.encoder.stages.1",
+    "c4": "model.backbone.model.encoder.stages.2",
+}
+PYRAMID = {"p3": "backbone[0]", "p4": "backbone[1]"}
+detections = detector_images(), detector_targets()
+pixels = (images().float().repeat(1, 1, 4, 4),)
+
+REAL = {
+    "fasterrcnn": (*[partial(detector, "fasterrcnn")] * 2, BODY, "backbone", detections),
+    "retinanet": (*[partial(detector, "retinanet")] * 2, BODY, "backbone", detections),
+    "fcos": (*[partial(detector, "fcos")] * 2, BODY, "backbone", detections),
+    "pyramid": (
+        partial(detector, "fcos"),
+        partial(detector, "retinanet"),
+        PYRAMID,
+        "backbone",
+        detections,
+    ),
+    "mobilenet": (
+        partial(detector, "mobilenet"),
+        partial(detector, "retinanet"),
+        BODY_OF_MOBILENET,
+        "backbone",
+        detections,
+    ),
+    "ssdlite": (*[partial(detector, "ssdlite")] * 2, FEATURES, "backbone", detections),
+    "detr": (partial(detr, 8, 8, 16, 16), partial(detr, 8, 16, 16, 32), HF_STAGES, None, pixels),
+    "rt_detr": (
+        partial(rt_detr, 8, 8, 16, 16),
+        partial(rt_detr, 8, 16, 16, 32),
+        HF_STAGES,
+        None,
+        pixels,
+    ),
+    "timm": (
+        partial(timm_backbone, "mobilenetv3_small_050"),
+        partial(timm_backbone, "convnext_atto"),
+        {"c3": ("blocks.1", "stages_1"), "c4": ("blocks.3", "stages_2")},
+        None,
+        pixels,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layers", "shared_input", "inputs"), REAL.values(), ids=REAL
+)
+def test_real_models(student, teacher, layers, shared_input, inputs):
+    # transformers freezes DETR's backbone
+    student, teacher = student().train().requires_grad_(True), teacher().train()
+    distiller = Distiller(student, teacher, Seen(), layers, shared_input=shared_input)
+    optimizer = torch.optim.SGD(distiller.parameters(), 1e-4)
+    before, names = snapshot(teacher), list(student.state_dict())
+    pairs = {level: (p, p) if isinstance(p, str) else p for level, p in layers.items()}
+    ours, theirs = ([pair[side] for pair in pairs.values()] for side in (0, 1))
+    with watch(student, ours) as student_features, watch(teacher, theirs) as teacher_features:
+        _, losses = distiller(*inputs)
+    for level, (our_path, their_path) in pairs.items():
+        assert torch.equal(distiller.loss.student[level], student_features[our_path])
+        assert torch.equal(distiller.loss.teacher[level], teacher_features[their_path])
+    sum(losses.values()).backward()
+    first = next(parameter for parameter in student.parameters() if parameter.dim() == 4)
+    assert first.grad.abs().sum() > 0
+    optimizer.step()
+    assert unchanged(teacher, before)
+    assert list(student.state_dict()) == names
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# --- misuse ---------------------------------------------------------------------------------------
+
+TWICE = Net(4)
+
+
+def build(student=None, teacher=None, loss=None, layers=LEVELS, **options):
+    return Distiller(student or Net(4), teacher or Net(6), loss or Seen(), layers, **options)
+
+
+MISUSE = {
+    "student": (TypeError, lambda: build(student="net"), "`student`"),
+    "teacher": (TypeError, lambda: build(teacher=print), "`teacher`"),
+    "loss": (TypeError, lambda: build(loss=print), "`loss`"),
+    "one model": (ValueError, lambda: build(student=TWICE, teacher=TWICE), "the same"),
+    "DataParallel student": (TypeError, lambda: build(nn.DataParallel(Net(4))), "DataParallel"),
+    "DataParallel teacher": (
+        TypeError,
+        lambda: build(teacher=nn.DataParallel(Net(6))),
+        "DataParallel",
+    ),
+    "a list of layers": (TypeError, lambda: build(layers=["backbone.c1"]), "list"),
+    "a triple": (TypeError, lambda: build(layers={"c1": ("a", "b", "c")}), "layers['c1']"),
+    "a number": (TypeError, lambda: build(layers={"c1": 3}), "got 3"),
+    "no layers": (ValueError, lambda: build(layers={}), "[]"),
+    "unknown in the student": (
+        ValueError,
+        lambda: build(layers={"c1": ("backbone.c3", "backbone.c1")}),
+        "'backbone.c1'",
+    ),
+    "unknown in the teacher": (
+        ValueError,
+        lambda: build(layers={"c1": ("backbone.c1", "backbone.c3")}),
+        "'backbone.c1'",
+    ),
+    "levels of another loss": (
+        ValueError,
+        lambda: build(loss=distillation_loss(), layers={"c1": "backbone.c1"}),
+        "['c1', 'c2']",
+    ),
+    "shared_input of another type": (TypeError, lambda: build(shared_input=1), "`shared_input`"),
+    "shared_input unknown": (ValueError, lambda: build(shared_input="bone"), "'bone'"),
+    "shared_input unknown in the teacher": (
+        ValueError,
+        lambda: build(shared_input=("backbone", "bone")),
+        "'bone'",
+    ),
+    "a layer beside shared_input": (
+        ValueError,
+        lambda: build(layers={"head": "head"}, shared_input="backbone"),
+        "'head'",
+    ),
+    "teacher_forward of another type": (
+        TypeError,
+        lambda: build(teacher_forward="forward"),
+        "`teacher_forward`",
+    ),
+    "shared_input and teacher_forward": (
+        ValueError,
+        lambda: build(shared_input="backbone", teacher_forward=print),
+        "'backbone'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "call", "mention"), MISUSE.values(), ids=MISUSE)
+def test_misuse(error, call, mention):
+    raises(error, call, mention)

@@ -1,0 +1,282 @@
+"""match_layers: stages of two models paired by stride, and one training step on what it found."""
+
+import re
+
+import pytest
+import torch
+from cases import normal
+from models import (
+    DETECTORS,
+    NORMALIZED,
+    Net,
+    detector,
+    detector_images,
+    detector_targets,
+    detr,
+    hook_count,
+    raises,
+    rt_detr,
+    snapshot,
+    timm_backbone,
+    unchanged,
+)
+from torch import nn
+
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap, match_layers
+
+PIXELS = normal(1, 3, 64, 96, dtype=torch.float32)
+
+
+def stages(pattern, names, first=2):
+    return {f"c{first + index}": pattern.format(name) for index, name in enumerate(names)}
+
+
+RESNET = stages("backbone.body.layer{}", (1, 2, 3, 4))
+HF_RESNET = stages("model.backbone.model.encoder.stages.{}", range(4))
+
+# The last block at each stride: what the models' own feature pyramids take.
+STAGES = {
+    "fasterrcnn": RESNET,
+    "retinanet": RESNET,
+    "fcos": RESNET,
+    "mobilenet": stages("backbone.body.{}", (3, 6, 12, 16)),
+    "ssdlite": stages("backbone.features.{}", ("0.3", "0.6", "0", "1")),
+    "ssd": {"c3": "backbone.features", "c4": "backbone.extra.0", "c5": "backbone.extra.1"},
+    "detr": HF_RESNET,
+    "rt_detr": HF_RESNET,
+    "resnet18": stages("layer{}", (1, 2, 3, 4)),
+    "regnetx_002": stages("s{}", (1, 2, 3, 4)),
+    "convnext_atto": stages("stages_{}", range(4)),
+    "efficientnet_lite0": stages("blocks.{}", (1, 2, 4, 6)),
+    "mobilenetv3_small_050": stages("blocks.{}", (0, 1, 3, 5)),
+}
+
+
+def make(name, widths=(8, 8, 16, 16)):
+    """The model, and its inputs for a training step: arguments and keywords."""
+    if name in DETECTORS:
+        return detector(name), (detector_images(), detector_targets())
+    if name == "detr":
+        return detr(*widths), (PIXELS,)
+    if name == "rt_detr":
+        return rt_detr(*widths), (PIXELS,)
+    return timm_backbone(name), (PIXELS.expand(2, -1, -1, -1),)
+
+
+def check(match, ours, theirs):
+    """Equal strides by name, by value and by size, and the stages that are expected."""
+    for level, (student, teacher) in match.pairs.items():
+        assert student.stride == teacher.stride == 2 ** int(level[1:])
+        assert student.shape[1] == student.channels == match.student_channels[level]
+        assert teacher.shape[1] == teacher.channels == match.teacher_channels[level]
+        assert match.layers[level] == (student.path, teacher.path)
+    found = {level: match.layers[level] for level in ours if level in match.layers}
+    assert found == {level: (ours[level], theirs[level]) for level in ours if level in theirs}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stages_of_a_model(name):
+    model, (example, *_) = make(name)
+    check(match_layers(model, model, example), STAGES[name], STAGES[name])
+
+
+CROSS = [
+    ("mobilenet", "fasterrcnn"),
+    ("mobilenet", "retinanet"),
+    ("ssdlite", "fasterrcnn"),
+    ("fcos", "fasterrcnn"),
+    ("detr", "rt_detr"),
+    ("mobilenetv3_small_050", "resnet18"),
+    ("efficientnet_lite0", "convnext_atto"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CROSS)
+def test_the_pairs_of_two_families(ours, theirs):
+    (student, (example, *_)), (teacher, _) = make(ours), make(theirs)
+    check(match_layers(student, teacher, example), STAGES[ours], STAGES[theirs])
+
+
+TRAINED = [
+    ("fasterrcnn", "fasterrcnn", "backbone"),
+    ("retinanet", "fasterrcnn", "backbone"),
+    ("fcos", "retinanet", "backbone"),
+    ("mobilenet", "fasterrcnn", "backbone"),
+    ("ssdlite", "mobilenet", "backbone"),
+    ("detr", "detr", None),
+    ("rt_detr", "rt_detr", None),
+    ("mobilenetv3_small_050", "resnet18", None),
+    ("regnetx_002", "convnext_atto", None),
+]
+
+
+def training_loss(output):
+    """The detector's own losses, or the mean square of what it puts out."""
+    if isinstance(output, dict) and "logits" not in output:
+        return sum(output.values())
+    tensors = [output["logits"]] if isinstance(output, dict) else output
+    return sum(tensor.square().mean() for tensor in tensors)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shared_input"), TRAINED)
+def test_a_training_step_on_the_pairs(ours, theirs, shared_input):
+    (student, inputs), (teacher, _) = make(ours), make(theirs, (8, 16, 16, 32))
+    student.train().requires_grad_(True)  # transformers freezes DETR's backbone
+    match = match_layers(student, teacher, inputs[0])
+    levels = [level for level in ("c3", "c4") if level in match.pairs]
+    loss = FeatureDistillationLoss(
+        {level: match.student_channels[level] for level in levels},
+        {level: match.teacher_channels[level] for level in levels},
+        hyperparameters=NORMALIZED,
+        resize="bilinear",
+    )
+    layers = {level: match.layers[level] for level in levels}
+    distiller = Distiller(student, teacher, loss, layers, shared_input=shared_input)
+    optimizer = torch.optim.SGD(distiller.parameters(), 1e-4)
+    teacher_before, student_before = snapshot(teacher), snapshot(student)
+    output, losses = distiller(*inputs)
+    total = training_loss(output) + sum(losses.values())
+    assert total.isfinite()
+    total.backward()
+    optimizer.step()
+    assert levels
+    assert unchanged(teacher, teacher_before)
+    assert not unchanged(student, student_before)
+
+
+# --- the models stay as they were -----------------------------------------------------------------
+
+
+def test_modes_state_hooks_and_gradients_are_left_as_they_were():
+    student, teacher = Net(4).train(), Net(6).eval()
+    student.backbone.c1.norm.eval()
+    teacher.head.train()
+    modes = [[module.training for module in model.modules()] for model in (student, teacher)]
+    before = snapshot(student), snapshot(teacher)
+    match_layers(student, teacher, PIXELS.double())
+    assert modes == [[module.training for module in m.modules()] for m in (student, teacher)]
+    assert unchanged(student, before[0])
+    assert unchanged(teacher, before[1])
+    assert hook_count(student) == hook_count(teacher) == 0
+    assert torch.is_grad_enabled()
+
+
+def test_a_failing_model_is_left_as_it_was():
+    student, teacher = Net(4).train(), Net(6).train()
+    with pytest.raises(RuntimeError, match="channels"):
+        match_layers(student, teacher, PIXELS.double()[:, :2])
+    assert all(module.training for module in student.modules())
+    assert hook_count(student) == hook_count(teacher) == 0
+
+
+# --- what is listed, paired and printed -----------------------------------------------------------
+
+
+def test_every_listed_layer_can_be_tapped_and_has_the_shape_it_says():
+    model = Net(4)
+    match = match_layers(model, Net(6), PIXELS.double())
+    paths = [layer.path for layer in match.student]
+    assert set(paths) == {path for path, _ in model.named_modules()} - {""}
+    with FeatureTap(model, paths) as tap:
+        model(PIXELS.double())
+        features = tap.pop()
+    assert [tuple(feature.shape) for feature in features.values()] == [
+        layer.shape for layer in match.student
+    ]
+
+
+def test_a_stage_is_the_whole_block_with_its_stride():
+    match = match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double())
+    check(match, {"c1": "c1", "c2": "c2"}, {"c1": "c1", "c2": "c2"})
+    assert match.student_channels == {"c1": 4, "c2": 8}
+    assert match.teacher_channels == {"c1": 6, "c2": 12}
+
+
+def convolutions(*strides):
+    return nn.Sequential(*(nn.Conv2d(3, 3, stride, stride) for stride in strides))
+
+
+def test_only_strides_of_both_models_are_paired():
+    match = match_layers(convolutions(2, 2, 2), convolutions(4, 4), PIXELS)
+    assert match.layers == {"c2": ("1", "0")}
+
+
+def test_without_a_common_stride_the_table_says_so():
+    match = match_layers(convolutions(2), convolutions(4), PIXELS)
+    assert not match.pairs
+    assert "No stages of one stride" in str(match)
+
+
+def test_a_stride_that_is_no_power_of_2_is_named_by_its_value():
+    model = convolutions(14)
+    assert match_layers(model, model, PIXELS.new_zeros(1, 3, 224, 224)).layers == {
+        "stride14": ("0", "0")
+    }
+
+
+@pytest.mark.parametrize("height", [100, 97, 104])
+def test_the_rounding_of_a_strided_convolution_keeps_the_stride(height):
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3)))
+    match = match_layers(model, model, torch.zeros(1, 3, height, 64))
+    assert match.layers == {"c1": ("0", "0"), "c2": ("1", "1"), "c3": ("2", "2")}
+
+
+class RunsTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.once = nn.Conv2d(3, 3, 2, 2)
+        self.twice = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.twice(self.twice(self.once(x)))
+
+
+def test_a_module_that_runs_twice_is_not_listed():
+    match = match_layers(RunsTwice(), RunsTwice(), PIXELS)
+    assert [layer.path for layer in match.student] == ["once"]
+    assert match.layers == {"c1": ("once", "once")}
+
+
+def test_the_text_is_a_table_of_the_pairs_and_of_both_models_layers():
+    text = str(match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double()))
+    pairs, student, teacher = (
+        [re.split(r"\s{2,}", line) for line in part.splitlines()] for part in text.split("\n\n")
+    )
+    assert pairs == [
+        ["level", "stride", "student", "shape", "teacher", "shape"],
+        ["c1", "2", "c1", "1 x 4 x 32 x 48", "c1", "1 x 6 x 32 x 48"],
+        ["c2", "4", "c2", "1 x 8 x 16 x 24", "c2", "1 x 12 x 16 x 24"],
+    ]
+    for name, width, table in (("student", 4, student), ("teacher", 6, teacher)):
+        assert table[0] == [f"{name}'s path", "shape", "stride", "channels"]
+        assert ["c1", f"1 x {width} x 32 x 48", "2", str(width)] in table
+        assert ["c2.conv", f"1 x {2 * width} x 16 x 24", "4", str(2 * width)] in table
+    for part in text.split("\n\n"):
+        header, *rows = part.splitlines()
+        starts = {row.index(" x ") // 2 for row in rows}
+        assert len(starts) == 1, part
+        assert "shape" in header
+
+
+def test_the_table_of_real_detectors_fits_a_screen():
+    mobilenet, resnet = detector("mobilenet"), detector("fasterrcnn")
+    text = str(match_layers(mobilenet, resnet, detector_images()))
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert len(text.splitlines()) < 120
+
+
+# --- misuse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "mention"),
+    [
+        (TypeError, lambda: match_layers("net", Net(), PIXELS), "`student`"),
+        (TypeError, lambda: match_layers(Net().float(), None, PIXELS), "`teacher`"),
+        (ValueError, lambda: match_layers(nn.Flatten(), nn.Flatten(), PIXELS), "`student`"),
+        (ValueError, lambda: match_layers(convolutions(2), nn.Linear(96, 2), PIXELS[0]), "student"),
+    ],
+    ids=["a string", "None", "no feature map", "no batch"],
+)
+def test_misuse(error, call, mention):
+    raises(error, call, mention)

@@ -1,0 +1,831 @@
+"""FeatureTap: what it captures, when, what it leaves behind, and what it says when it cannot."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import close
+from models import LEVELS, Net, hook_count, images, plain_hooks, raises, snapshot, unchanged
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from featkd import FeatureTap
+
+
+def captured(tap, call):
+    with tap:
+        call()
+        return tap.pop()
+
+
+def captures_what_plain_hooks_see(tap, model, call):
+    expected = plain_hooks(model, tap.layers.values(), call)
+    features = captured(tap, call)
+    assert list(features) == list(tap.layers)
+    for alias, path in tap.layers.items():
+        assert torch.equal(features[alias], expected[path])
+    return features
+
+
+# --- capturing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layers", [LEVELS, list(LEVELS.values()), tuple(LEVELS.values())], ids=type
+)
+@pytest.mark.parametrize("clone", [True, False])
+def test_captures_what_a_plain_hook_sees(layers, clone):
+    model = Net()
+    tap = FeatureTap(model, layers, clone=clone)
+    features = captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+    assert all(feature.requires_grad for feature in features.values())
+
+
+def test_the_output_of_the_model_itself_can_be_tapped():
+    model = Net()
+    captures_what_plain_hooks_see(FeatureTap(model, [""]), model, lambda: model(images()))
+
+
+def test_nothing_is_captured_outside_the_with_block():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    model(images())
+    with tap:
+        pass
+    model(images())
+    raises(RuntimeError, tap.pop, "got 0")
+
+
+def test_entering_forgets_what_was_left():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    with tap:
+        model(images(seed=1))
+    features = captures_what_plain_hooks_see(tap, model, lambda: model(images(seed=2)))
+    assert features.keys() == LEVELS.keys()
+
+
+def test_what_was_captured_can_be_popped_after_the_block():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    with tap:
+        model(images())
+    assert tap.pop().keys() == LEVELS.keys()
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise KeyError("head")
+
+
+def test_an_exception_in_the_forward_passes_through_and_pins_nothing():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    head, model.head = model.head, Failing()
+    with pytest.raises(KeyError, match="head"), tap:
+        model(images())
+    raises(RuntimeError, tap.pop, "got 0")
+    model.head = head
+    captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+
+
+def test_a_second_pop_is_an_error():
+    model = Net()
+    with FeatureTap(model, LEVELS) as tap:
+        model(images())
+        tap.pop()
+        raises(RuntimeError, tap.pop, "c1", "backbone.c1", "got 0")
+        model(images())
+        assert tap.pop().keys() == LEVELS.keys()
+
+
+class Saved:
+    """Stands for a tensor that a graph keeps for its backward."""
+
+
+def test_nothing_is_pinned_after_pop():
+    model, alive = Net(), weakref.WeakSet()
+
+    def pack(tensor):
+        saved = Saved()
+        alive.add(saved)
+        return saved
+
+    with FeatureTap(model, LEVELS) as tap:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: None):
+            model(images())
+        assert alive
+        features = tap.pop()
+        feature = weakref.ref(features["c1"])
+        assert alive
+        del features
+        assert feature() is None
+        assert not alive
+
+
+def test_a_module_that_did_not_run_is_an_error():
+    model = Net()
+    tap = FeatureTap(model, {"head": "head"})
+    with tap:
+        model.backbone(images())
+        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model inside")
+
+
+def test_a_module_that_ran_too_often_is_an_error():
+    model = Net()
+    with FeatureTap(model, LEVELS) as tap:
+        model(images())
+        model(images())
+        raises(RuntimeError, tap.pop, "'backbone.c1'", "got 2", "pop after every forward", "calls=")
+
+
+def test_a_shared_head_gives_one_feature_for_each_call():
+    head = nn.Conv2d(3, 2, 1).double()
+    model = nn.ModuleDict({"head": head})
+    levels = [images(seed=seed) for seed in range(5)]
+    with FeatureTap(model, {"p": "head"}, calls={"p": 5}) as tap:
+        outputs = [head(level) for level in levels]
+        features = tap.pop()
+        assert list(features) == [f"p[{index}]" for index in range(5)]
+        for output, feature in zip(outputs, features.values(), strict=True):
+            close(feature, output, 0.0)
+        head(levels[0])
+        raises(RuntimeError, tap.pop, "5 call(s)", "got 1")
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_path_is_an_error_with_close_matches():
+    raises(ValueError, lambda: FeatureTap(Net(), ["backbone.c3"]), "'backbone.c1'", "'backbone.c2'")
+    raises(ValueError, lambda: FeatureTap(AveragedModel(Net()), ["backbone.c"]), "'backbone.c1'")
+
+
+def test_an_error_leaves_no_hook_behind():
+    model = Net()
+    raises(ValueError, lambda: FeatureTap(model, ["backbone.c1", "backbone.c3"]))
+    gc.collect()
+    assert hook_count(model) == 0
+
+
+class Wrapper(nn.Module):
+    """Stands for DDP, torch.compile, FSDP or a checkpoint wrapper, as named in a path."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, model)
+
+    def forward(self, *args):
+        return getattr(self, self.name)(*args)
+
+
+WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrapper_prefixes_can_be_left_out_or_written(name):
+    model = Net()
+    model.backbone.c1 = Wrapper(model.backbone.c1, name)
+    wrapped = Wrapper(Wrapper(model, name), "module")
+    expected = plain_hooks(model.backbone.c1, [name], lambda: model(images()))[name]
+    for path in ("backbone.c1.relu", f"module.{name}.backbone.c1.{name}.relu"):
+        close(captured(FeatureTap(wrapped, [path]), lambda: wrapped(images()))[path], expected, 0.0)
+
+
+def test_a_path_written_with_prefixes_finds_the_bare_model():
+    model = Net()
+    path = "module._orig_mod.backbone.c1"
+    expected = plain_hooks(model, ["backbone.c1"], lambda: model(images()))["backbone.c1"]
+    close(captured(FeatureTap(model, [path]), lambda: model(images()))[path], expected, 0.0)
+
+
+class HasModule(nn.Module):
+    """A user's own attribute is called like a wrapper's."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Net().backbone
+        self.neck = nn.Conv2d(8, 3, 1).double()
+
+    def forward(self, x):
+        return self.neck(self.module(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, AveragedModel], ids=["bare", "averaged"])
+@pytest.mark.parametrize("path", ["module", "module.c1", "neck"])
+def test_an_attribute_called_module_is_the_users(wrap, path):
+    wrapped = wrap(HasModule())
+    model = wrapped.module if isinstance(wrapped, AveragedModel) else wrapped
+    expected = plain_hooks(model, [path], lambda: model(images()))[path]
+    close(captured(FeatureTap(wrapped, [path]), lambda: wrapped(images()))[path], expected, 0.0)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("path", ["head", "{}.head"])
+def test_an_attribute_called_like_a_wrapper_hides_no_path(name, path):
+    model = nn.ModuleDict({"head": nn.Conv2d(3, 2, 1), name: nn.ModuleDict({"head": nn.ReLU()})})
+    model.forward = lambda x: model[name]["head"](model["head"](x))
+    wrapped, path = Wrapper(model.double(), "module"), path.format(name)
+    expected = plain_hooks(model, [path], lambda: model(images()))[path]
+    close(captured(FeatureTap(wrapped, [path]), lambda: wrapped(images()))[path], expected, 0.0)
+
+
+def test_tied_modules_are_reached_by_both_names():
+    model = Net()
+    model.tied = model.backbone
+    tap = FeatureTap(model, {"first": "backbone.c1", "second": "tied.c1"})
+    first, second = captured(tap, lambda: model(images())).values()
+    close(first, second, 0.0)
+
+
+# --- selectors ------------------------------------------------------------------------------------
+
+
+class Output(nn.Module):
+    """Puts out whatever `make` makes of its features."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x, x.relu())
+
+
+def model_output(first, second):
+    from transformers.utils import ModelOutput
+
+    return ModelOutput(first=first, second=second)
+
+
+class NamedPair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Pair:
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+
+STRUCTURES = {
+    "dict": (lambda a, b: {"first": a, "second": b}, "[second]", "'second'"),
+    "integer keys": (lambda a, b: {3: a, 4: b}, "[4]", "4"),
+    "tuple": (lambda a, b: (a, b), "[1]", "tuple of 2"),
+    "from the end": (lambda a, b: [a, b], "[-1]", "list of 2"),
+    "nested": (lambda a, b: {"maps": (a, [b])}, "[maps][1][0]", "'maps'"),
+    "named tuple": (NamedPair, "[second]", "NamedPair of 2"),
+    "attribute": (Pair, "[second]", "Pair"),
+    "model output": (model_output, "[second]", "'second'"),
+}
+
+
+@pytest.mark.parametrize(("make", "selector", "mention"), STRUCTURES.values(), ids=STRUCTURES)
+def test_a_structure_needs_a_selector_and_gives_what_it_selects(make, selector, mention):
+    model = nn.Sequential(Output(make))
+    with FeatureTap(model, ["0"]) as tap:
+        raises(ValueError, lambda: model(images()), mention, "'0'", "0[KEY]")
+    tap = FeatureTap(model, {"second": f"0{selector}"})
+    close(captured(tap, lambda: model(images()))["second"], images().relu(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "selector", "mention"),
+    [
+        ("dict", "[third]", "['first', 'second']"),
+        ("model output", "[third]", "['first', 'second']"),
+        ("tuple", "[2]", "tuple of 2"),
+        ("tuple", "[-3]", "tuple of 2"),
+        ("tuple", "[first]", "tuple of 2"),
+        ("attribute", "[third]", "Pair"),
+        ("nested", "[maps][1][1]", "list of 1"),
+    ],
+)
+def test_a_selector_of_nothing_is_an_error_with_what_is_there(kind, selector, mention):
+    model = nn.Sequential(Output(STRUCTURES[kind][0]))
+    with FeatureTap(model, {"c": f"0{selector}"}):
+        raises(ValueError, lambda: model(images()), "layers['c']", mention)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, first, second=None):
+        return first if second is None else first + second
+
+
+class CallsTwoInputs(nn.Module):
+    def __init__(self, by_name):
+        super().__init__()
+        self.inner = TwoInputs()
+        self.by_name = by_name
+
+    def forward(self, x):
+        return self.inner(x, second=x + 1) if self.by_name else self.inner(x, x + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "by_name", "shift"),
+    [("[0]", False, 0), ("[1]", False, 1), ("[0]", True, 0), ("[second]", True, 1)],
+)
+def test_inputs_are_taken_by_position_and_name(path, by_name, shift):
+    model = CallsTwoInputs(by_name)
+    tap = FeatureTap(model, {"x": f"inner:input{path}"})
+    close(captured(tap, lambda: model(images()))["x"], images() + shift, 0.0)
+
+
+def test_one_input_needs_no_selector_and_two_do():
+    model = Net()
+    tap = FeatureTap(model, {"x": "backbone:input"})
+    close(captured(tap, lambda: model(images()))["x"], images(), 0.0)
+    model = CallsTwoInputs(by_name=True)
+    with FeatureTap(model, ["inner:input"]):
+        raises(ValueError, lambda: model(images()), "'0'", "'second'")
+
+
+# --- in-place operations behind the module --------------------------------------------------------
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3).double()
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.inplace:
+            x += 1.0
+        else:
+            x = x + 1.0
+        return x.square()
+
+
+CHANGED_IN_PLACE = {
+    "relu": (lambda inplace: Net(inplace=inplace), "backbone.c1.norm"),
+    "add": (AddsInPlace, "first"),
+}
+each_in_place = pytest.mark.parametrize(
+    ("make", "path"), CHANGED_IN_PLACE.values(), ids=CHANGED_IN_PLACE
+)
+
+
+@each_in_place
+def test_a_clone_has_the_value_and_gradient_of_the_model_without_in_place(make, path):
+    in_place, plain = make(True), make(False)
+    plain.load_state_dict(in_place.state_dict())
+    values, gradients = [], []
+    for model in (in_place, plain):
+        with FeatureTap(model, [path]) as tap:
+            output = model(images())
+            feature = tap.pop()[path]
+        (feature.square().mean() + output.square().mean()).backward()
+        values.append(feature)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    close(values[0], values[1], 0.0)
+    for ours, expected in zip(*gradients, strict=True):
+        close(ours, expected, 1e-14)
+
+
+@each_in_place
+def test_without_a_clone_a_change_in_place_is_an_error(make, path):
+    model = make(True)
+    with FeatureTap(model, {"c": path}, clone=False) as tap:
+        model(images())
+        raises(RuntimeError, tap.pop, "layers['c']", path, "clone=True")
+
+
+def test_without_a_clone_the_feature_is_the_models_own():
+    model = Net(inplace=False)
+    seen = []
+    model.backbone.c1.register_forward_hook(lambda module, args, output: seen.append(output))
+    features = captured(FeatureTap(model, LEVELS, clone=False), lambda: model(images()))
+    assert features["c1"] is seen[0]
+
+
+# --- gradients that are not there -----------------------------------------------------------------
+
+
+class Checkpointed(Net):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, images):
+        images = images.requires_grad_()
+        return self.head(checkpoint(self.backbone, images, use_reentrant=self.use_reentrant))
+
+
+def check_recomputing(model, layers):
+    """The backward runs the tapped modules again, which neither adds nor overwrites."""
+    plain = Net()
+    values, expected = model.state_dict().values(), plain.state_dict()
+    plain.load_state_dict(dict(zip(expected, values, strict=True)))
+    gradients = []
+    for net in (model, plain):
+        with FeatureTap(net, layers) as tap:
+            net(images()).square().mean().backward()
+            before = tap.pop()
+            raises(RuntimeError, tap.pop, "got 0")
+            output = net(images())
+            features = tap.pop()
+            loss = sum(feature.square().mean() for feature in features.values())
+            (loss + output.square().mean()).backward()
+            raises(RuntimeError, tap.pop, "got 0")
+        for alias, feature in features.items():
+            close(feature, before[alias], 0.0)
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for ours, wanted in zip(*gradients, strict=True):
+        close(ours, wanted, 1e-14)
+
+
+def test_non_reentrant_checkpointing_neither_adds_nor_overwrites():
+    check_recomputing(Checkpointed(use_reentrant=False), LEVELS)
+
+
+def test_the_checkpoint_wrapper_neither_adds_nor_overwrites():
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+
+    model = Net()
+    model.backbone.c1 = wrappers.checkpoint_wrapper(model.backbone.c1)
+    model.backbone.c2 = wrappers.checkpoint_wrapper(model.backbone.c2)
+    check_recomputing(model, LEVELS)
+
+
+def test_reentrant_checkpointing_outside_the_tapped_module_neither_adds_nor_overwrites():
+    model = Checkpointed(use_reentrant=True)
+    with FeatureTap(model, ["head"]) as tap:
+        model(images()).square().mean().backward()
+        assert tap.pop()["head"].requires_grad
+    with FeatureTap(model, {"x": "backbone:input"}) as tap:
+        model(images()).square().mean().backward()
+        close(tap.pop()["x"], images(), 0.0)
+        raises(RuntimeError, tap.pop, "got 0")
+
+
+def test_a_tap_inside_reentrant_checkpointing_is_an_error():
+    model = Checkpointed(use_reentrant=True)
+    with FeatureTap(model, LEVELS) as tap:
+        output = model(images())
+        raises(RuntimeError, tap.pop, "'backbone.c1'", "use_reentrant=False")
+        output.sum().backward()
+
+
+def test_reentrant_checkpointing_is_found_beside_an_attribute_called_module():
+    class Both(HasModule):
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.module(x)
+            return checkpoint(self.neck, x.requires_grad_(), use_reentrant=True)
+
+    model = Both()
+    with FeatureTap(model, ["neck"]) as tap:
+        model(images())
+        raises(RuntimeError, tap.pop, "'neck'")
+
+
+def test_a_part_of_the_model_without_gradient_is_an_error():
+    model = Net()
+    model.backbone.requires_grad_(False)
+    with FeatureTap(model, LEVELS) as tap:
+        model(images())
+        raises(RuntimeError, tap.pop, "'backbone.c1'", "frozen")
+
+
+def frozen(model):
+    model.requires_grad_(False)(images())
+
+
+def without_grad(model):
+    with torch.no_grad():
+        model(images())
+
+
+def in_inference_mode(model):
+    with torch.inference_mode():
+        model(images())
+
+
+@pytest.mark.parametrize("clone", [True, False])
+@pytest.mark.parametrize("call", [frozen, without_grad, in_inference_mode])
+def test_a_teacher_without_gradients_raises_no_alarm(call, clone):
+    model = Net(inplace=False)
+    features = captured(FeatureTap(model, LEVELS, clone=clone), lambda: call(model))
+    assert not features["c1"].requires_grad
+
+
+def test_a_part_called_without_gradients_after_the_whole_with_raises_no_alarm():
+    model = Net()
+    with FeatureTap(model, LEVELS) as tap:
+        model(images())
+        tap.pop()
+        with torch.no_grad():
+            model.backbone(images())
+        assert not tap.pop()["c1"].requires_grad
+
+
+# --- the model stays as it is, and so do its copies -----------------------------------------------
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy of a copy": lambda model: copy.deepcopy(copy.deepcopy(model)),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": by_torch_save,
+    "AveragedModel": AveragedModel,
+}
+each_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+
+
+@each_copy
+@pytest.mark.parametrize("armed", [True, False])
+def test_a_copy_of_a_tapped_model_writes_nothing(make_copy, armed):
+    model = Net()
+    tap = FeatureTap(model, LEVELS | {"x": "backbone:input"})
+    duplicate = None if armed else make_copy(model)
+    with tap:
+        duplicate = duplicate or make_copy(model)
+        duplicate(images(seed=1))
+        raises(RuntimeError, tap.pop, "got 0")
+        model(images())
+        assert tap.pop().keys() == tap.layers.keys()
+
+
+@each_copy
+def test_a_copy_of_a_tapped_model_can_be_tapped_itself(make_copy):
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    duplicate = make_copy(model)
+    paths = {
+        level: ("module." if make_copy is AveragedModel else "") + LEVELS[level] for level in LEVELS
+    }
+    expected = plain_hooks(duplicate, paths.values(), lambda: duplicate(images()))
+    with tap:
+        features = captured(FeatureTap(duplicate, LEVELS), lambda: duplicate(images()))
+    for level, path in paths.items():
+        close(features[level], expected[path], 0.0)
+
+
+@pytest.mark.parametrize(
+    "make_copy", [COPIES["deepcopy"], COPIES["pickle"]], ids=["deep", "pickle"]
+)
+def test_a_copy_of_a_tap_taps_the_copy_of_its_model(make_copy):
+    model = Net()
+    tap = FeatureTap(model, LEVELS, clone=False, calls={"c1": 2})
+    other_model, other_tap = make_copy((model, tap))
+    assert (other_tap.layers, other_tap.clone, other_tap.calls) == (
+        tap.layers,
+        tap.clone,
+        tap.calls,
+    )
+    assert other_tap.model is other_model
+    with tap, other_tap:
+        other_model.backbone.c1(images())
+        other_model(images())
+        assert other_tap.pop().keys() == {"c1[0]", "c1[1]", "c2"}
+        raises(RuntimeError, tap.pop, "got 0")
+
+
+def test_the_state_dict_and_the_outputs_are_those_of_the_untapped_model():
+    model = Net().eval()
+    before, expected = snapshot(model), model(images())
+    tap = FeatureTap(model, LEVELS)
+    with tap:
+        close(model(images()), expected, 0.0)
+        assert unchanged(model, before)
+    assert unchanged(model, before)
+    assert not list(model.children())[2:]
+
+
+def test_the_hooks_go_with_the_tap():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    assert hook_count(model) > 0
+    del tap
+    gc.collect()
+    assert hook_count(model) == 0
+
+
+def test_the_hooks_go_when_removed():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    tap.remove()
+    assert hook_count(model) == 0
+    tap.remove()
+    with tap:
+        model(images())
+        raises(RuntimeError, tap.pop, "got 0")
+
+
+def test_a_dropped_model_is_not_kept_alive_by_its_hooks():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    alive = weakref.ref(model)
+    del model, tap
+    gc.collect()
+    assert alive() is None
+
+
+# --- what a training script does to a model -------------------------------------------------------
+
+
+def test_functional_call():
+    model = Net()
+    weights = {
+        name: (2 * value).detach().requires_grad_() for name, value in model.named_parameters()
+    }
+    call = partial(torch.func.functional_call, model, weights, (images(),))
+    features = captures_what_plain_hooks_see(FeatureTap(model, LEVELS), model, call)
+    features["c1"].sum().backward()
+    assert weights["backbone.c1.norm.weight"].grad.abs().sum() > 0
+
+
+def test_channels_last_is_kept():
+    model = Net().to(memory_format=torch.channels_last)
+    batch = images().to(memory_format=torch.channels_last)
+    tap = FeatureTap(model, LEVELS)
+    features = captures_what_plain_hooks_see(tap, model, lambda: model(batch))
+    assert features["c1"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast():
+    model = Net().float()
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images().float())
+
+    tap = FeatureTap(model, ["backbone.c1.conv"])
+    features = captures_what_plain_hooks_see(tap, model, call)
+    assert features["backbone.c1.conv"].dtype == torch.bfloat16
+
+
+class LowRank(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, weight[0].numel(), dtype=weight.dtype))
+        self.up = nn.Parameter(torch.randn(len(weight), 2, dtype=weight.dtype))
+
+    def forward(self, weight):
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+@pytest.mark.parametrize("tap_first", [True, False])
+def test_low_rank_parametrization(tap_first):
+    model = Net()
+    model.requires_grad_(False)
+    tap = FeatureTap(model, LEVELS) if tap_first else None
+    for stage in model.backbone:
+        low_rank = LowRank(stage.conv.weight)
+        nn.utils.parametrize.register_parametrization(stage.conv, "weight", low_rank)
+    tap = tap or FeatureTap(model, LEVELS)
+    features = captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+    features["c1"].sum().backward()
+    assert model.backbone.c1.conv.parametrizations.weight[0].up.grad.abs().sum() > 0
+
+
+def test_a_replica_of_data_parallel_is_an_error_that_names_the_alternative():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    replica = model._replicate_for_data_parallel()
+    with tap:
+        raises(RuntimeError, lambda: replica(images()), "DataParallel", "DistributedDataParallel")
+
+
+def test_a_replica_of_a_part_is_an_error_too():
+    model = Net()
+    tap = FeatureTap(model, {"c1": "backbone.c1.relu"})
+    replica = model.backbone.c1.relu._replicate_for_data_parallel()
+    with tap:
+        raises(RuntimeError, lambda: replica(images()), "'backbone.c1.relu'", "DataParallel")
+
+
+@pytest.mark.parametrize("one_model", [False, True], ids=["two models", "one model"])
+def test_two_threads_with_a_tap_each(one_model):
+    models = [Net().eval()] * 2 if one_model else [Net().eval(), Net().eval()]
+    expected = [model.backbone.c1(images(seed=i)) for i, model in enumerate(models)]
+    together = threading.Barrier(2, timeout=20)
+    results = {}
+
+    def run(index):
+        try:
+            tap = FeatureTap(models[index], LEVELS)
+            for _ in range(3):
+                with tap:
+                    together.wait()
+                    models[index](images(seed=index))
+                    together.wait()
+                    results[index] = tap.pop()["c1"]
+        except RuntimeError as error:
+            results[index] = error
+            together.abort()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert isinstance(results[index], torch.Tensor), results[index]
+        close(results[index], expected[index], 0.0)
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_a_thousand_pops_leave_no_tensor():
+    model = Net().eval()
+    tap = FeatureTap(model, LEVELS)
+    batch = images(1)[..., :4, :4]
+    captured(tap, lambda: model(batch))
+    before = live_tensors()
+    for _ in range(1000):
+        captured(tap, lambda: model(batch))
+    assert live_tensors() == before
+
+
+def test_a_hundred_taps_leave_no_hook():
+    model = Net()
+    for _ in range(100):
+        captured(FeatureTap(model, LEVELS), lambda: model(images()))
+    gc.collect()
+    assert hook_count(model) == 0
+
+
+# --- torch.export ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["tapped", "after removal"])
+def test_the_exported_model_is_that_of_an_untapped_one(removed):
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        features = captured(tap, lambda: model(images()))
+        features["c2"].square().mean().backward()
+        optimizer.step()
+    untapped = Net()
+    untapped.load_state_dict(model.state_dict())
+    if removed:
+        tap.remove()
+    programs = [torch.export.export(net.eval(), (images(),)) for net in (model, untapped)]
+    assert str(programs[0]) == str(programs[1])
+    close(programs[0].module()(images()), untapped(images()), 0.0)
+
+
+# --- misuse ---------------------------------------------------------------------------------------
+
+MISUSE = {
+    "no module": (TypeError, lambda: FeatureTap("model", ["a"]), "str"),
+    "DataParallel": (TypeError, lambda: FeatureTap(nn.DataParallel(Net()), ["head"]), "DataPar"),
+    "a string of layers": (TypeError, lambda: FeatureTap(Net(), "head"), "str"),
+    "a set of layers": (TypeError, lambda: FeatureTap(Net(), {"head"}), "set"),
+    "a path of another type": (TypeError, lambda: FeatureTap(Net(), {"c": 4}), "'c': 4"),
+    "an alias of another type": (TypeError, lambda: FeatureTap(Net(), {4: "head"}), "4: 'head'"),
+    "a module for a path": (TypeError, lambda: FeatureTap(Net(), [nn.ReLU()]), "ReLU"),
+    "no layers": (ValueError, lambda: FeatureTap(Net(), []), "[]"),
+    "one path twice": (ValueError, lambda: FeatureTap(Net(), ["head", "head"]), "'head'"),
+    "an open bracket": (ValueError, lambda: FeatureTap(Net(), ["head[0"]), "'head[0'"),
+    "an empty selector": (ValueError, lambda: FeatureTap(Net(), ["head[]"]), "'head[]'"),
+    "neither input nor output": (ValueError, lambda: FeatureTap(Net(), ["head:out"]), "head:out"),
+    "clone of another type": (TypeError, lambda: FeatureTap(Net(), LEVELS, clone=1), "`clone`"),
+    "calls of another type": (
+        TypeError,
+        lambda: FeatureTap(Net(), LEVELS, calls={"c1": 1.0}),
+        "`calls['c1']`",
+    ),
+    "no calls": (ValueError, lambda: FeatureTap(Net(), LEVELS, calls={"c1": 0}), "got 0"),
+    "calls of an unknown alias": (
+        ValueError,
+        lambda: FeatureTap(Net(), LEVELS, calls={"c3": 2}),
+        "'c3'",
+    ),
+    "calls that are no mapping": (TypeError, lambda: FeatureTap(Net(), LEVELS, calls=5), "int"),
+}
+
+
+@pytest.mark.parametrize(("error", "call", "mention"), MISUSE.values(), ids=MISUSE)
+def test_misuse(error, call, mention):
+    raises(error, call, mention)
+
+
+def test_one_tap_cannot_be_entered_twice():
+    tap = FeatureTap(Net(), LEVELS)
+    with tap:
+        raises(RuntimeError, tap.__enter__, "twice")
