@@ -27,9 +27,7 @@ from training import Alone, Curve, Settings, evaluate, train, world, write_atomi
 import featkd
 
 PRESETS = {
-    "normalized": featkd.Hyperparameters(
-        alpha=0.0, beta=1.0, gamma=0.0, temperature=0.5, normalize=True
-    ),
+    "normalized": featkd.NORMALIZED,
     "two_stage": featkd.TWO_STAGE,
     "one_stage": featkd.ONE_STAGE,
     "released_two_stage": featkd.RELEASED_TWO_STAGE,

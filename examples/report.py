@@ -45,7 +45,7 @@ def write_report(
 ) -> None:
     mpl.use("Agg")
     folder: Path = options.output
-    images, targets = collate([held_out[i] for i in range(4)])
+    images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])  # type: ignore[arg-type]
     plot_curves(runs, folder / "curves.png")
     plot_attention(models, images[0], device, folder / "attention.png")
     plot_detections(models, images, targets, classes, device, folder / "detections.png")
@@ -125,8 +125,9 @@ def plot_detections(
     found = {"truth": targets}
     for name in ("plain", "distilled"):
         found[name] = models[name].eval()([image.to(device) for image in images])
+    size = (2.6 * len(images), 2.6 * len(found))
     figure, axes = plt.subplots(
-        len(found), len(images), figsize=(2.6 * len(images), 2.6 * len(found)), layout="constrained"
+        len(found), len(images), figsize=size, layout="constrained", squeeze=False
     )
     for row, (name, results) in zip(axes, found.items(), strict=True):
         row[0].set_ylabel(name)

@@ -16,6 +16,7 @@ from .functional import (
     spatial_attention,
 )
 from .hyperparameters import (
+    NORMALIZED,
     ONE_STAGE,
     RELEASED_ONE_STAGE,
     RELEASED_TWO_STAGE,
@@ -31,6 +32,7 @@ from .transfer import AttentionTransferLoss
 __version__ = "0.1.0"
 
 __all__ = [
+    "NORMALIZED",
     "ONE_STAGE",
     "RELEASED_ONE_STAGE",
     "RELEASED_TWO_STAGE",

@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,18 @@ TINY = ["--quick", "--teacher-steps", "4", "--steps", "4", "--checkpoint-every",
 FILES = {"results.json", "curves.png", "attention.png", "detections.png", "teacher.pt"}
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, str(EXAMPLES / "distill_detector.py"), *map(str, arguments)]
+@pytest.fixture(scope="module", autouse=True)
+def examples_importable() -> Iterator[None]:
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment)
+def run(*arguments: str | Path) -> None:
+    from distill_detector import main
+
+    torch.set_num_threads(1)
+    main([*TINY, *map(str, arguments)])
 
 
 def write_coco(folder: Path, count: int = 6) -> tuple[Path, Path]:
@@ -57,14 +62,12 @@ def write_coco(folder: Path, count: int = 6) -> tuple[Path, Path]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One unbroken run."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(*TINY, "--output", folder)
-    assert done.returncode == 0, done.stderr
-    assert "distilled - plain" in done.stdout
+    run("--output", folder)
     return folder
 
 
 @pytest.mark.slow
-def test_the_job_leaves_table_pictures_and_results(finished: Path) -> None:
+def test_the_job_leaves_pictures_and_results(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} >= FILES
     results = json.loads((finished / "results.json").read_text())
     assert set(results["runs"]) == {"teacher", "plain", "distilled"}
@@ -75,28 +78,32 @@ def test_the_job_leaves_table_pictures_and_results(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_job_resumes_to_the_same_result(finished: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(*TINY, "--output", tmp_path),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while not (tmp_path / "plain.checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "results.json").exists()
+def test_a_broken_job_resumes_to_the_same_result(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import training
 
-    refused = run(*TINY, "--output", tmp_path)
-    assert refused.returncode == 1
-    assert "--resume" in refused.stderr
-    other = run(*TINY, "--seed", "9", "--output", tmp_path, "--resume")
-    assert other.returncode == 1
-    assert "seed=9 for 0" in other.stderr
+    saves = []
 
-    done = run(*TINY, "--output", tmp_path, "--resume")
-    assert done.returncode == 0, done.stderr
+    def save_thrice(path: Path, *rest: Any) -> None:
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+        saves.append(path.name)
+        whole_save(path, *rest)
+
+    whole_save = training.save
+    monkeypatch.setattr(training, "save", save_thrice)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", tmp_path)
+    monkeypatch.undo()
+    assert saves == ["teacher.checkpoint.pt"] * 2 + ["plain.checkpoint.pt"]
+    with pytest.raises(SystemExit, match="--resume"):
+        run("--output", tmp_path)
+    with pytest.raises(SystemExit, match="seed=9 for 0"):
+        run("--seed", "9", "--output", tmp_path, "--resume")
+
+    run("--output", tmp_path, "--resume")
+    assert "distilled - plain" in capsys.readouterr().out
     for name in ("teacher.pt", "plain.pt", "distilled.pt"):
         whole = torch.load(finished / name, weights_only=True)
         resumed = torch.load(tmp_path / name, weights_only=True)
@@ -109,28 +116,24 @@ def test_a_killed_job_resumes_to_the_same_result(finished: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
-def test_a_coco_folder_with_a_given_teacher(detector: str, finished: Path, tmp_path: Path) -> None:
+def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsys: Any) -> None:
     images, annotations = write_coco(tmp_path)
     data = ["--data", "coco", "--images", images, "--annotations", annotations]
-    first = run(*TINY, *data, "--detector", detector, "--output", tmp_path / "a", "--amp")
-    assert first.returncode == 0, first.stderr
-    assert "1 images without a box kept as background" in first.stdout
-    teacher = ["--teacher", tmp_path / "a" / "teacher.pt"]
+    data += ["--detector", detector]
+    run(*data, "--output", tmp_path / "a", "--amp")
+    assert "1 images without a box kept as background" in capsys.readouterr().out
+    teacher = tmp_path / "a" / "teacher.pt"
     held_out = ["--val-images", images, "--val-annotations", annotations]
-    second = run(
-        *TINY, *data, *held_out, *teacher, "--detector", detector, "--output", tmp_path / "b"
-    )
-    assert second.returncode == 0, second.stderr
-    wrong = run(*TINY, "--teacher", tmp_path / "a" / "teacher.pt", "--output", tmp_path / "c")
-    assert wrong.returncode == 1
-    assert "--teacher" in wrong.stderr
+    run(*data, *held_out, "--teacher", teacher, "--output", tmp_path / "b")
+    with pytest.raises(SystemExit, match="--teacher"):
+        run("--teacher", teacher, "--output", tmp_path / "c")
 
 
 @pytest.mark.slow
 def test_two_processes_train_data_parallel(tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, *command(*TINY, "--output", tmp_path)[1:]],
+        [*launch, str(EXAMPLES / "distill_detector.py"), *TINY, "--output", str(tmp_path)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -151,10 +154,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_said_before_any_training(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_bad_data_is_said_before_any_training(case: str, tmp_path: Path) -> None:
     from coco import CocoError, CocoFolder
 
     images, annotations = write_coco(tmp_path)
@@ -164,10 +164,7 @@ def test_bad_data_is_said_before_any_training(
         CocoFolder(images, annotations)
 
 
-def test_boxes_of_no_area_are_left_out_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_boxes_of_no_area_are_left_out_and_counted(tmp_path: Path) -> None:
     from coco import CocoFolder
 
     images, annotations = write_coco(tmp_path)
@@ -183,8 +180,7 @@ def test_boxes_of_no_area_are_left_out_and_counted(
     assert data[2][1]["labels"].tolist() == [1]
 
 
-def test_scenes_are_a_pure_function_of_seed_and_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
     from scenes import OBJECTS, Scenes
 
     first, second = Scenes(3, 10), Scenes(3, 10)
