@@ -31,14 +31,18 @@ def channel_blocks(features: Tensor) -> list[slice]:
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 
 
-def map_blocks(features: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
-    """The results of `function` for all blocks of channels, as one tensor."""
+def map_blocks(
+    features: Tensor, function: Callable[[slice], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`function` of all blocks of channels: its results, each as one tensor of all channels."""
     first, *others = channel_blocks(features)
-    part = function(first)
+    parts = function(first)
     if not others:
-        return part
-    result = part.new_empty(features.shape)
-    result[:, first] = part
-    for block in others:
-        result[:, block] = function(block)
-    return result
+        return parts
+    channels = features.shape[1]
+    results = tuple(x.new_empty((x.shape[0], channels, *x.shape[2:])) for x in parts)
+    for block in (first, *others):
+        parts = parts if block is first else function(block)
+        for result, part in zip(results, parts, strict=True):
+            result[:, block] = part
+    return results

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._blocks import map_blocks
 from ._precision import full_precision
 
 
@@ -80,13 +81,19 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
     theta, phi = theta + centre, phi - centre
     falling, order = (-phi).sort(dim=1)
     count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
-    keys = g.gather(2, order[:, None].expand_as(g))
-    sums = F.pad(keys.cumsum(2), (1, 0))
-    moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))
-    index = count[:, None].expand(-1, g.shape[1], -1)
-    step = sums.gather(2, index)
-    # A NaN or inf in a key that no query takes is not hidden: 0 * NaN.
-    rectified = theta[:, None] * step + moments.gather(2, index) + 0 * sums[..., -1:]
+
+    def sums(block: slice) -> tuple[Tensor, Tensor]:
+        part = g[:, block]
+        keys = part.gather(2, order[:, None].expand_as(part))
+        prefixes = F.pad(keys.cumsum(2), (1, 0))
+        moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))
+        index = count[:, None].expand(-1, part.shape[1], -1)
+        step = prefixes.gather(2, index)
+        # A NaN or inf in a key that no query takes is not hidden: 0 * NaN.
+        hidden = 0 * prefixes[..., -1:]
+        return step, theta[:, None] * step + moments.gather(2, index) + hidden
+
+    step, rectified = map_blocks(g, sums)
     return step, rectified
 
 

@@ -69,14 +69,14 @@ class _Means(torch.autograd.Function):
         slopes = {d: grad / _count(features, d) for d, grad in zip(ctx.dims, grads, strict=True)}
         spatial, channel = slopes.get(OVER_CHANNELS), slopes.get(OVER_POSITIONS)
 
-        def gradient(block: slice) -> Tensor:
+        def gradient(block: slice) -> tuple[Tensor]:
             part = features[:, block]
             slope = 0.0 if spatial is None else spatial[:, None]
             slope = slope if channel is None else slope + channel[:, block, None, None]
             sign = part.sign() if ctx.absolute else torch.ones_like(part)
-            return (sign * slope).to(part.dtype)
+            return ((sign * slope).to(part.dtype),)
 
-        return map_blocks(features, gradient), None, None
+        return *map_blocks(features, gradient), None, None
 
 
 def _count(features: Tensor, dims: Dims) -> int:

@@ -146,9 +146,9 @@ class _MaskedNorm(torch.autograd.Function):
 
         to_student = to_teacher = to_spatial = to_channel = None
         if ctx.needs_input_grad[0]:
-            to_student = map_blocks(student, lambda block: gradient(block).to(student.dtype))
+            (to_student,) = map_blocks(student, lambda block: (gradient(block).to(student.dtype),))
         if ctx.needs_input_grad[1]:
-            to_teacher = map_blocks(teacher, lambda block: -gradient(block).to(teacher.dtype))
+            (to_teacher,) = map_blocks(teacher, lambda block: (-gradient(block).to(teacher.dtype),))
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
             if ctx.needs_input_grad[2]:

@@ -107,7 +107,7 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     dtype = compute_dtype(theta, phi, g)
     query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
     with full_precision(query):
-        context = (value / key.shape[2]) @ key.mT
+        context = value @ key.mT / key.shape[2]
         return _at_positions(context @ query, theta)
 
 
