@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ class Store:
     def __init__(self) -> None:
         self.armed = False
         self.grad_enabled = False
+        self.thread: int | None = None
         # Alias -> (tensor, its version at the capture, None where it cannot have changed).
         self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
 
@@ -53,6 +55,8 @@ class _Hook:
                 "`model` must not run as replicas of nn.DataParallel, which share one tap between "
                 f"threads, got one at {self.path!r}: use DistributedDataParallel."
             )
+        if not torch.compiler.is_compiling() and store.thread not in (None, threading.get_ident()):
+            return None
         return store
 
     def _capture(self, store: Store, value: Any) -> None:
@@ -100,8 +104,9 @@ class RootHook(_Hook):
 
 def _select(value: Any, key: str, alias: str, path: str) -> Any:
     if isinstance(value, Mapping):
-        if key in value:
-            return value[key]
+        for found in value:
+            if str(found) == key:
+                return value[found]
     elif isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", key):
         if -len(value) <= int(key) < len(value):
             return value[int(key)]
@@ -116,5 +121,5 @@ def _select(value: Any, key: str, alias: str, path: str) -> Any:
 def _describe(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, Mapping):
-        return f"{kind} with the keys {[str(key) for key in value]}"
+        return f"{kind} with the keys {list(value)}"
     return f"{kind} of {len(value)}" if isinstance(value, list | tuple) else kind

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import require_callable
+from ._paths import resolve
 from .distillation import FeatureDistillationLoss
 from .taps import FeatureTap
 
@@ -89,8 +90,9 @@ class Distiller(nn.Module):
             )
         self.student = student
         self.loss = loss
-        # A tuple keeps the teacher out of parameters(), state_dict(), train() and to().
-        self._teacher = (teacher,)
+        # A tuple keeps the teacher, and the part that runs, out of parameters(), state_dict(),
+        # train() and to().
+        self._teacher = (teacher, teacher)
         self.teacher_forward = teacher_forward
         self._student_tap = FeatureTap(student, {level: pair[0] for level, pair in pairs.items()})
         self._teacher_tap = FeatureTap(teacher, {level: pair[1] for level, pair in pairs.items()})
@@ -100,10 +102,14 @@ class Distiller(nn.Module):
             self.shared_input = _pair("shared_input", shared_input)
             source, target = self.shared_input
             self._input_tap = FeatureTap(student, {"shared_input": f"{source}:input"})
+            part, _, _ = resolve(teacher, target, "shared_input")
+            self._teacher = (teacher, part)
+            within = set(part.modules())
             for level, (_, path) in pairs.items():
-                if not f"{path}.".startswith((f"{target}.", f"{target}[", f"{target}:")):
+                name = f"layers[{level!r}]"
+                if resolve(teacher, path, name)[0] not in within:
                     raise ValueError(
-                        f"`layers[{level!r}]` must lie within the teacher's {target!r}, which "
+                        f"`{name}` must lie within the teacher's {target!r}, which "
                         f"`shared_input` runs, got {path!r}."
                     )
 
@@ -139,8 +145,7 @@ class Distiller(nn.Module):
             if self.shared_input is not None and self._input_tap is not None:
                 shared = self._input_tap.pop()["shared_input"]
                 weight = next(teacher.parameters(), shared)
-                part = teacher.get_submodule(self.shared_input[1])
-                part(shared.to(weight.device, weight.dtype))
+                self._teacher[1](shared.to(weight.device, weight.dtype))
             elif self.teacher_forward is not None:
                 self.teacher_forward(teacher, *args, **kwargs)
             else:

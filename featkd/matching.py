@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-Shape = tuple[int, int, int, int]
+from ._trace import Call, Shape, stride_of, trace, trunk
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,11 @@ def match_layers(student: nn.Module, teacher: nn.Module, *example_inputs: Any) -
 
     Both models are called once with `example_inputs`, in `eval` mode without gradients, and left as
     they were. A layer is listed if its module runs once and puts out one feature map; its stride is
-    the height of the largest map that enters a module over its own. The stages are, for each stride
-    within the backbone, the last module to put out a map of it, the outermost of those that put out
-    the same map; the backbone ends where the stride first falls or where a module first puts out
-    several maps. Only strides that both models have are paired; nothing is paired by index.
+    the height of the largest map that enters a module over its own. The backbone is the sequence of
+    modules that keep or halve their map, each one step whatever is inside; it ends where the stride
+    falls or where several maps go in or come out. A stage is the last step at its stride, the
+    outermost module of those that end with it. Only strides that both models have are paired;
+    nothing is paired by index.
 
     Args:
         student, teacher: the models.
@@ -134,79 +134,31 @@ def _level_name(stride: float) -> str:
 def _tappable(name: str, model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Layer, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
-    calls, pixels = _trace(model, example_inputs)
-    runs = Counter(path for path, _ in calls)
-    layers: list[Layer] = []
-    in_backbone = True
-    for path, shapes in calls:
-        maps = [shape for shape in shapes if shape[0] == pixels[0]]
-        in_backbone = in_backbone and len(maps) < 2
-        if path and len(maps) == 1 and runs[path] == 1:
-            stride = _stride(maps[0], pixels)
-            falls = in_backbone and any(stride < layer.stride for layer in layers)
-            in_backbone = in_backbone and not falls
-            layers.append(Layer(path, maps[0], stride, stage=in_backbone))
+    ended: list[Call] = []
+    root = trace(model, example_inputs, ended)
+    pixels = max(
+        (shape for call in ended for shape in call.taken_in),
+        key=lambda shape: shape[2] * shape[3],
+        default=(0, 0, 0, 0),
+    )
+    for call in ended:
+        call.taken_in = [shape for shape in call.taken_in if shape[0] == pixels[0]]
+        call.put_out = [shape for shape in call.put_out if shape[0] == pixels[0]]
+    runs = Counter(call.path for call in ended)
+    stages = {}
+    for call in trunk(root, pixels):
+        if call.path and len(call.put_out) == 1 and runs[call.path] == 1:
+            stages[stride_of(call.put_out[0], pixels)] = call.path
+    layers = []
+    for call in ended:
+        if call.path and len(call.put_out) == 1 and runs[call.path] == 1:
+            stride = stride_of(call.put_out[0], pixels)
+            stage = stride > 1 and stages.get(stride) == call.path
+            layers.append(Layer(call.path, call.put_out[0], stride, stage))
     if not layers:
         raise ValueError(f"`{name}` must have a module that puts out a feature map, got none.")
-    # Per stride the outermost, of those the last: a block's first convolution may still run at the
-    # stride of the stage before.
-    stages: dict[float, Layer] = {}
-    for layer in layers:
-        best = stages.get(layer.stride)
-        if layer.stage and layer.stride > 1 and (best is None or _depth(layer) <= _depth(best)):
-            stages[layer.stride] = layer
-    return tuple(replace(layer, stage=stages.get(layer.stride) is layer) for layer in layers)
+    return tuple(layers)
 
 
 def _depth(layer: Layer) -> int:
     return layer.path.count(".")
-
-
-def _trace(
-    model: nn.Module, example_inputs: tuple[Any, ...]
-) -> tuple[list[tuple[str, list[Shape]]], Shape]:
-    """Path and maps put out, call by call in the order of ending, and the largest map taken in."""
-    calls: list[tuple[str, list[Shape]]] = []
-    taken_in: list[Shape] = []
-    handles = []
-    for path, module in model.named_modules():
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            taken_in.extend(_maps((args, kwargs)))
-
-        def after(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-            calls.append((path, list(_maps(output))))
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad():
-            model.eval()(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
-    if not taken_in:
-        return calls, (0, 0, 0, 0)
-    return calls, max(taken_in, key=lambda shape: shape[2] * shape[3])
-
-
-def _maps(value: Any) -> Iterator[Shape]:
-    if isinstance(value, Tensor):
-        if value.dim() == 4 and value.is_floating_point() and 0 not in value.shape:
-            images, channels, height, width = value.shape
-            yield images, channels, height, width
-    elif isinstance(value, Mapping):
-        yield from _maps(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _maps(item)
-
-
-def _stride(shape: Shape, pixels: Shape) -> float:
-    """By the heights; a strided convolution rounds up: 13 positions of 100 are stride 8."""
-    ratio = pixels[2] / shape[2]
-    power = 2.0 ** round(math.log2(ratio))
-    return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)

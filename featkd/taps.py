@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -15,12 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ._checks import require_count, require_flag
 from ._hooks import InputHook, OutputHook, RootHook, Store
+from ._paths import innermost, resolve
 
 Layers = Sequence[str] | Mapping[str, str]
-
-# DDP and AveragedModel, torch.compile, FSDP and activation checkpointing, in this order.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PATH = re.compile(r"(?P<module>[^\[\]:]*)(?P<input>:input)?(?P<keys>(\[[^\[\]]+\])*)")
 
 
 class FeatureTap:
@@ -72,6 +68,9 @@ class FeatureTap:
         self.clone = clone
         self.calls = dict.fromkeys(self.layers, 1)
         require_flag("clone", clone)
+        if not isinstance(calls, Mapping | None):
+            found = type(calls).__name__
+            raise TypeError(f"`calls` must be a mapping from alias to count, got {found}.")
         for alias, count in (calls or {}).items():
             require_count(f"calls[{alias!r}]", count)
             if alias not in self.calls:
@@ -79,17 +78,14 @@ class FeatureTap:
             self.calls[alias] = count
         self._store = Store()
         self._outputs = set()
-        handles = [_innermost(model).register_forward_pre_hook(RootHook(self._store))]
-        for alias, path in self.layers.items():
-            match = _PATH.fullmatch(path)
-            if match is None:
-                raise ValueError(
-                    f"`layers[{alias!r}]` must be a module's name, then ':input' and '[item]' if "
-                    f"wanted, got {path!r}."
-                )
-            module = _resolve(model, match["module"], alias)
-            keys = tuple(re.findall(r"\[([^\[\]]+)\]", match["keys"]))
-            if match["input"]:
+        root = innermost(model)
+        found = {
+            alias: resolve(model, path, f"layers[{alias!r}]") for alias, path in self.layers.items()
+        }
+        handles = [root.register_forward_pre_hook(RootHook(self._store))]
+        for alias, (module, takes_input, keys) in found.items():
+            path = self.layers[alias]
+            if takes_input:
                 before = InputHook(self._store, alias, path, keys, clone)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             else:
@@ -106,6 +102,8 @@ class FeatureTap:
         if self._store.armed:
             raise RuntimeError("`with` must not be entered twice by one tap, got a tap in use.")
         self._store.captured = {}
+        self._store.grad_enabled = False
+        self._store.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self._store.armed = True
         return self
 
@@ -128,13 +126,14 @@ class FeatureTap:
                 a capture was changed in place.
         """
         captured, self._store.captured = self._store.captured, {}
+        grad_enabled, self._store.grad_enabled = self._store.grad_enabled, False
         features = {}
         for alias, expected in self.calls.items():
             found = captured.get(alias, [])
             if len(found) != expected:
                 raise RuntimeError(self._miscount(alias, expected, len(found)))
             for index, (feature, version) in enumerate(found):
-                self._require_intact(alias, feature, version)
+                self._require_intact(alias, feature, version, grad_enabled)
                 features[alias if expected == 1 else f"{alias}[{index}]"] = feature
         return features
 
@@ -156,14 +155,16 @@ class FeatureTap:
             "hooks: make the tap first, or call `torch.compiler.reset()`."
         )
 
-    def _require_intact(self, alias: str, feature: Tensor, version: int | None) -> None:
+    def _require_intact(
+        self, alias: str, feature: Tensor, version: int | None, grad_enabled: bool
+    ) -> None:
         path = self.layers[alias]
         if version is not None and feature._version != version:
             raise RuntimeError(
                 f"`layers[{alias!r}]` must stay as captured, got an in-place change behind "
                 f"{path!r}: use `clone=True`."
             )
-        recorded = self._store.grad_enabled and torch.is_grad_enabled()
+        recorded = grad_enabled and torch.is_grad_enabled()
         if alias not in self._outputs or feature.requires_grad or not recorded:
             return
         if any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -200,38 +201,3 @@ def _rebuild(
 def _remove_all(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """The model itself, out of all its wrappers."""
-    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
-        found = type(model).__name__
-        raise TypeError(f"`model` must be an nn.Module other than nn.DataParallel, got {found}.")
-    innermost = model
-    for name, module in model.named_modules():
-        if not _without_wrappers(name):
-            innermost = module
-    return innermost
-
-
-def _resolve(model: nn.Module, path: str, alias: str) -> nn.Module:
-    # Tied modules have several names; each is as good.
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if path in modules:
-        return modules[path]
-    inner_path = _without_wrappers(path)
-    found = [name for name in modules if _without_wrappers(name) == inner_path]
-    if not found:
-        close = difflib.get_close_matches(path, map(_without_wrappers, modules), n=3)
-        hint = f" (close: {', '.join(map(repr, close))})" if close else ""
-        raise ValueError(
-            f"`layers[{alias!r}]` must be the path of a module of the model, got {path!r}{hint}."
-        )
-    outermost = min(found, key=len)
-    if not all(name.startswith(outermost) for name in found):
-        raise ValueError(f"`layers[{alias!r}]` must name one module, got {path!r} for {found}.")
-    return modules[outermost]

@@ -237,6 +237,37 @@ def test_a_module_that_runs_twice_is_not_listed():
     assert match.layers == {"c1": ("once", "once")}
 
 
+def test_a_part_that_restores_the_resolution_is_looked_into():
+    model = nn.ModuleDict({"unet": nn.Sequential(*convolutions(2), nn.Upsample(scale_factor=2))})
+    model.forward = lambda x: model["unet"](x)
+    assert match_layers(model, model, PIXELS).layers == {"c1": ("unet.0", "unet.0")}
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lateral = nn.Conv2d(3, 3, 1)
+
+    def forward(self, maps):
+        return self.lateral(maps[1])
+
+
+class CallsItsStages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2 = convolutions(2, 2)
+        self.neck = Pyramid()
+
+    def forward(self, x):
+        first = self.c1(x)
+        return self.neck([first, self.c2(first)])
+
+
+def test_the_backbone_ends_where_several_maps_go_in():
+    match = match_layers(CallsItsStages(), CallsItsStages(), PIXELS)
+    assert match.layers == {"c1": ("c1", "c1"), "c2": ("c2", "c2")}
+
+
 def test_the_text_is_a_table_of_the_pairs_and_of_both_models_layers():
     text = str(match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double()))
     pairs, student, teacher = (

@@ -6,6 +6,7 @@ import io
 import pickle
 import threading
 import weakref
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -111,24 +112,43 @@ class Saved:
     """Stands for a tensor that a graph keeps for its backward."""
 
 
-def test_nothing_is_pinned_after_pop():
-    model, alive = Net(), weakref.WeakSet()
+@contextmanager
+def graphs():
+    """What the graphs recorded inside the block keep; empty once they are gone."""
+    alive = weakref.WeakSet()
 
     def pack(tensor):
         saved = Saved()
         alive.add(saved)
         return saved
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: None):
+        yield alive
+
+
+def test_nothing_is_pinned_after_pop():
+    model = Net()
     with FeatureTap(model, LEVELS) as tap:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: None):
+        with graphs() as alive:
             model(images())
-        assert alive
         features = tap.pop()
         feature = weakref.ref(features["c1"])
         assert alive
         del features
         assert feature() is None
         assert not alive
+
+
+def test_a_hook_that_outlives_its_tap_pins_nothing():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    kept = [list(module._forward_hooks.values()) for module in model.modules()]
+    with tap, graphs() as alive:
+        model(images())
+    assert any(kept)
+    assert alive
+    del tap
+    assert not alive
 
 
 def test_a_module_that_did_not_run_is_an_error():

@@ -1,0 +1,71 @@
+"""What the path of a tap names in a model, wrapped or not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+
+# DDP and AveragedModel, torch.compile, FSDP and activation checkpointing, in this order.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PATH = re.compile(r"(?P<module>[^\[\]:]*)(?P<input>:input)?(?P<keys>(\[[^\[\]]+\])*)")
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model itself, out of all its wrappers."""
+    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
+        found = type(model).__name__
+        raise TypeError(f"`model` must be an nn.Module other than nn.DataParallel, got {found}.")
+    return _own_names(model)[""][-1]
+
+
+def _own_names(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules by the name that they have without wrappers, which come before what they wrap.
+
+    A wrapper has one child, called as wrappers call it: a model's own `module` has siblings.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    own_names: dict[str, str] = {}
+    found: dict[str, list[nn.Module]] = {}
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        if not name:
+            own = ""
+        elif last in _WRAPPERS and len(modules[parent]._modules) == 1:
+            own = own_names[parent]
+        else:
+            own = f"{own_names[parent]}.{last}".lstrip(".")
+        own_names[name] = own
+        found.setdefault(own, []).append(module)
+    return found
+
+
+def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tuple[str, ...]]:
+    """The module that `path` names, whether its input is meant, and the item's keys."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(
+            f"`{name}` must be a module's name, then ':input' and '[item]' if wanted, got {path!r}."
+        )
+    keys = tuple(re.findall(r"\[([^\[\]]+)\]", match["keys"]))
+    wanted = match["module"]
+    own_names = _own_names(model)
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if wanted in own_names:
+        module = own_names[wanted][0]
+    elif wanted in modules:
+        module = modules[wanted]
+    elif _without_wrappers(wanted) in own_names:
+        module = own_names[_without_wrappers(wanted)][0]
+    else:
+        close = difflib.get_close_matches(wanted, own_names, n=3)
+        hint = f" (close: {', '.join(map(repr, close))})" if close else ""
+        raise ValueError(
+            f"`{name}` must be the path of a module of the model, got {wanted!r}{hint}."
+        )
+    return module, match["input"] is not None, keys

@@ -1,0 +1,104 @@
+"""The calls of a model's modules in one forward, and the trunk of its backbone among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass
+class Call:
+    """One run of a module: the maps that it takes in and puts out, and the calls inside it."""
+
+    path: str
+    taken_in: list[Shape]
+    put_out: list[Shape] = field(default_factory=list)
+    inner: list[Call] = field(default_factory=list)
+
+
+def trace(model: nn.Module, example_inputs: tuple[Any, ...], ended: list[Call]) -> Call:
+    """The calls, nested; `ended` takes them in the order of ending."""
+    root = Call("", [])
+    stack = [root]
+    handles = []
+    for path, module in model.named_modules():
+
+        def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            call = Call(path, list(_maps((args, kwargs))))
+            stack[-1].inner.append(call)
+            stack.append(call)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            call = stack.pop()
+            call.put_out = list(_maps(output))
+            ended.append(call)
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return root
+
+
+def _maps(value: Any) -> Iterator[Shape]:
+    if isinstance(value, Tensor):
+        if value.dim() == 4 and value.is_floating_point() and 0 not in value.shape:
+            images, channels, height, width = value.shape
+            yield images, channels, height, width
+    elif isinstance(value, Mapping):
+        yield from _maps(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _maps(item)
+
+
+def stride_of(shape: Shape, pixels: Shape) -> float:
+    """By the heights; a strided convolution rounds up: 13 positions of 100 are stride 8."""
+    ratio = pixels[2] / shape[2]
+    power = 2.0 ** round(math.log2(ratio))
+    return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)
+
+
+def trunk(root: Call, pixels: Shape) -> Iterator[Call]:
+    """The backbone's steps in order, each followed by the calls that end with it."""
+    deepest = 0.0
+
+    def walk(call: Call) -> Generator[Call, None, bool]:
+        """Whether the backbone goes on after this call."""
+        nonlocal deepest
+        if len(call.taken_in) > 1:
+            return False
+        if call.path and len(call.put_out) == 1:
+            after = stride_of(call.put_out[0], pixels)
+            before = stride_of(call.taken_in[0], pixels) if call.taken_in else 1.0
+            # What keeps or halves its map is one step, whatever is inside.
+            if not call.inner or 1 < after <= 2 * before:
+                if after < deepest:
+                    return False
+                deepest = after
+                yield call
+                return True
+        for inner in call.inner:
+            if not (yield from walk(inner)):
+                return False
+        if call.inner and call.put_out == call.inner[-1].put_out and len(call.put_out) == 1:
+            yield call
+        return len(call.put_out) < 2
+
+    for call in root.inner:
+        if not (yield from walk(call)):
+            return
