@@ -15,11 +15,12 @@ from torchvision.ops import MultiScaleRoIAlign
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
 STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
+# What is distilled: c3 and c4.
 LEVELS = ("backbone.body.layer2", "backbone.body.layer3")
 
 # Width of the first stage, blocks a stage, and channels of the FPN and the heads.
-TEACHER = (24, 1, 64)
-STUDENT = (4, 1, 64)
+TEACHER = (32, 1, 64)
+STUDENT = (8, 1, 64)
 
 
 class CompactResNet(ResNet):
@@ -30,7 +31,6 @@ class CompactResNet(ResNet):
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity()
         self.layer1 = self._make_layer(BasicBlock, width, blocks)
         self.layer2 = self._make_layer(BasicBlock, 2 * width, blocks, stride=2)
         self.layer3 = self._make_layer(BasicBlock, 4 * width, blocks, stride=2)
@@ -38,7 +38,7 @@ class CompactResNet(ResNet):
 
 
 def compact_backbone(width: int, blocks: int, fpn: int) -> BackboneWithFPN:
-    """Three FPN levels at strides 4, 8 and 16."""
+    """Three FPN levels at strides 8, 16 and 32."""
     return BackboneWithFPN(
         CompactResNet(width, blocks),
         return_layers={"layer2": "0", "layer3": "1", "layer4": "2"},

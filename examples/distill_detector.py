@@ -40,6 +40,8 @@ QUICK = {
     "held_out_images": 24,
     "evaluations": 2,
 }
+# Scenes that no weight or setting was chosen on.
+HELD_OUT_SEED = 2**32
 # What may differ between an interrupted run and its resumption.
 FREE = {"resume", "workers", "checkpoint_every", "output"}
 
@@ -57,8 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--val-images", type=Path, help="coco: folder of the held-out images")
     add("--val-annotations", type=Path, help="coco: their annotations; default: every tenth image")
     add("--teacher", type=Path, help="a teacher.pt of an earlier run, in place of training one")
-    add("--teacher-steps", type=int, default=900)
-    add("--steps", type=int, default=600, help="of each student")
+    add("--teacher-steps", type=int, default=1600)
+    add("--steps", type=int, default=1200, help="of each student")
     add("--batch-size", type=int, default=8, help="over all processes")
     add("--learning-rate", type=float, default=2e-3)
     add("--size", type=int, help="shorter side inside the model; default 96, stock detectors 800")
@@ -93,7 +95,7 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any], 
     if options.data == "scenes":
         data = Scenes(options.seed, options.train_images)
         # The held-out scenes are the same for all seeds.
-        return data, Scenes(2**31, options.held_out_images), data.classes
+        return data, Scenes(HELD_OUT_SEED, options.held_out_images), data.classes
     data = CocoFolder(options.images, options.annotations)
     for note in data.notes:
         print(note)

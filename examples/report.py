@@ -107,7 +107,9 @@ def plot_attention(
             none = torch.zeros_like(attention)
             mask = featkd.attention_mask(attention, none, temperature=temperature)[0].cpu()
             show(axis, grey)
-            axis.imshow(mask, extent=(0, width, height, 0), alpha=0.6, cmap="inferno", vmin=0)
+            axis.imshow(
+                mask.numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="inferno", vmin=0
+            )
             axis.set_title(f"T = {temperature:g}, max {mask.max():.1f}", fontsize=8)
     save(figure, file)
 
@@ -141,7 +143,7 @@ def plot_detections(
 
 
 def show(axis: Axes, image: Tensor) -> None:
-    axis.imshow(image.permute(1, 2, 0))
+    axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set(xticks=[], yticks=[])
 
 

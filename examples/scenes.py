@@ -1,8 +1,8 @@
 """Scenes for a detector, drawn from a seed: image `i` is a pure function of `(seed, i)`.
 
-Six shapes are the classes. Colour, texture, angle and size say nothing of the class; the background
-is textured; strokes and soft blobs are clutter of no class; shapes overlap, but at least
-`MIN_VISIBLE` of each stays in sight.
+Four shapes are the classes. Colour, texture, angle and size say nothing of the class; shapes are
+bright or dark on a textured background in between; strokes and soft blobs are clutter of no
+class; shapes overlap, but at least `MIN_VISIBLE` of each stays in sight.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Window = tuple[slice, slice]
 
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross")
+CLASSES = ("disc", "square", "triangle", "cross")
 SIZE = 96
-RADII = (4.0, 30.0)  # drawn log-uniformly, so that small and large objects are equally common
+RADII = (6.0, 30.0)  # drawn log-uniformly, so that small and large objects are equally common
 OBJECTS = (2, 6)
-CLUTTER = (3, 7)
-MIN_VISIBLE = 0.6
+CLUTTER = (1, 4)
+MIN_VISIBLE = 0.75
 PLACEMENTS = 20  # tries before an object is given up for want of room
 
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
@@ -34,12 +34,8 @@ def signed_distance(shape: str, u: Array, v: Array) -> Array:
     match shape:
         case "disc":
             return radius - 1
-        case "ring":
-            return np.abs(radius - 0.72) - 0.28
         case "square":
             return extent - 0.85
-        case "frame":
-            return np.abs(extent - 0.61) - 0.24
         case "triangle":
             return np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.55
         case "cross":
@@ -59,8 +55,9 @@ def smooth_noise(rng: np.random.Generator, cells: int) -> Array:
 
 def background(rng: np.random.Generator) -> Array:
     """Coloured noise at a coarse and a fine scale, `(SIZE, SIZE, 3)`."""
-    canvas = np.tile(rng.uniform(0.15, 0.85, 3).astype(np.float32), (SIZE, SIZE, 1))
-    for cells, strength in ((4, 0.25), (24, 0.15)):
+    tone = rng.uniform(0.35, 0.65) + rng.uniform(-0.06, 0.06, 3)
+    canvas = np.tile(tone.astype(np.float32), (SIZE, SIZE, 1))
+    for cells, strength in ((4, 0.1), (24, 0.08)):
         canvas += smooth_noise(rng, cells)[..., None] * rng.uniform(-strength, strength, 3)
     return canvas
 
@@ -81,9 +78,12 @@ def local_axes(place: Window, centre: Array, angle: float) -> tuple[Array, Array
 
 def paint(rng: np.random.Generator, canvas: Array, place: Window, coverage: Array) -> None:
     """Lays a colour with fine, coarse or no visible stripes over the canvas where covered."""
-    colour, tint = rng.uniform(0, 1, 3), rng.uniform(-0.2, 0.2, 3)
+    brightness = rng.choice([0.3, 1.0])
+    colour = rng.uniform(0, 1, 3)
+    colour *= brightness / max(colour.max(), 0.01)
+    tint = rng.uniform(-0.12, 0.12, 3)
     along, _ = local_axes(place, rng.uniform(0, SIZE, 2), rng.uniform(0, np.pi))
-    wave = np.sin(along * np.float32(2 * np.pi / rng.choice([5, 9, 60])))
+    wave = np.sin(along * np.float32(2 * np.pi / rng.choice([9, 20, 60])))
     texture = (colour + wave[..., None] * tint).astype(np.float32)
     canvas[place] += coverage[..., None] * (texture - canvas[place])
 

@@ -192,7 +192,7 @@ def load(path: Path, parts: dict[str, Any], device: torch.device) -> tuple[Curve
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset[Any], settings: Settings) -> dict[str, float]:
     """COCO metrics on `data`; sizes S, M, L as if images were `area_scale` times as wide."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval")
+    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
     metric.warn_on_many_detections = False
     for images, targets in batches(data, settings):
         found = model.eval()(images)

@@ -137,6 +137,7 @@ def test_two_processes_train_data_parallel(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distilled - plain") == 1
