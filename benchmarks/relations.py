@@ -101,7 +101,7 @@ def measure_mmcv(device: torch.device) -> list[dict[str, Any]]:
     features = torch.randn(1, 2 * WIDTH, 32, 48, device=device)
     for kind in ("dot_product", "concatenation"):
         theirs = NonLocal2d(2 * WIDTH, reduction=2, mode=kind, use_scale=False).to(device)
-        ours = featkd.NonLocalRelation(2 * WIDTH, kind=kind, residual=True).to(device)  # type: ignore[arg-type]
+        ours = featkd.NonLocalRelation(2 * WIDTH, kind=kind, residual=True).to(device)
         for form, block in (("featkd block, forward", ours), ("mmcv block, forward", theirs)):
 
             @torch.no_grad()

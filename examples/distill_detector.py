@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distiller = new_distiller(options, student, teacher)
     if options.compile:
         for model in (teacher, student, plain):
-            model.backbone.compile()  # type: ignore[operator]
+            model.backbone.compile()
 
     def run(name: str, model: nn.Module, steps: int) -> Curve:
         checkpoint = options.output / f"{name}.checkpoint.pt"

@@ -45,7 +45,7 @@ def write_report(
 ) -> None:
     mpl.use("Agg")
     folder: Path = options.output
-    images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])  # type: ignore[arg-type]
+    images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])
     plot_curves(runs, folder / "curves.png")
     plot_attention(models, images[0], device, folder / "attention.png")
     plot_detections(models, images, targets, classes, device, folder / "detections.png")

@@ -110,7 +110,7 @@ def train(
     """
     rank, ranks = world()
     model.to(settings.device).train()
-    student: nn.Module = model.student  # type: ignore[assignment]
+    student: nn.Module = model.student
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -125,7 +125,7 @@ def train(
     if done == 0:
         torch.manual_seed(settings.seed + rank)
     stepped = DistributedDataParallel(model) if ranks > 1 else model
-    indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)  # type: ignore[arg-type]
+    indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)
     loader = DataLoader(
         data, batch_sampler=indices, collate_fn=collate, num_workers=settings.workers
     )
