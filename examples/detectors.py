@@ -1,6 +1,7 @@
 """The detectors of the main job: torchvision's own classes, compact for a show or stock."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import detection
@@ -15,12 +16,12 @@ from torchvision.ops import MultiScaleRoIAlign
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
 STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
-# What is distilled: c3 and c4.
-LEVELS = ("backbone.body.layer2", "backbone.body.layer3")
+# What is distilled: the stages that enter the FPN.
+LEVELS = ("backbone.body.layer2", "backbone.body.layer3", "backbone.body.layer4")
 
 # Width of the first stage, blocks a stage, and channels of the FPN and the heads.
-TEACHER = (32, 1, 64)
-STUDENT = (8, 1, 64)
+TEACHER = (24, 1, 64)
+STUDENT = (4, 1, 32)
 
 
 class CompactResNet(ResNet):
@@ -31,6 +32,7 @@ class CompactResNet(ResNet):
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity()
         self.layer1 = self._make_layer(BasicBlock, width, blocks)
         self.layer2 = self._make_layer(BasicBlock, 2 * width, blocks, stride=2)
         self.layer3 = self._make_layer(BasicBlock, 4 * width, blocks, stride=2)
@@ -38,7 +40,7 @@ class CompactResNet(ResNet):
 
 
 def compact_backbone(width: int, blocks: int, fpn: int) -> BackboneWithFPN:
-    """Three FPN levels at strides 8, 16 and 32."""
+    """Three FPN levels at strides 4, 8 and 16."""
     return BackboneWithFPN(
         CompactResNet(width, blocks),
         return_layers={"layer2": "0", "layer3": "1", "layer4": "2"},
@@ -73,17 +75,20 @@ def build(name: str, role: str, classes: int, size: int) -> nn.Module:
         )
     width, blocks, fpn = TEACHER if role == "teacher" else STUDENT
     backbone = compact_backbone(width, blocks, fpn)
-    sizes = {"min_size": size, "max_size": size * 5 // 3}
+    sizes: dict[str, Any] = {"min_size": size, "max_size": size * 5 // 3}
     if name == "fcos":
         # FCOS gives a level the objects of 4 to 8 times its anchor.
-        anchors = AnchorGenerator(((4,), (8,), (16,)), ((1.0,),) * 3)
+        anchors = AnchorGenerator(((2,), (4,), (8,)), ((1.0,),) * 3)
         head = FCOSHead(fpn, 1, classes, num_convs=2)
+        draw_towers(head)
+        sizes["score_thresh"] = 0.05
         return FCOS(backbone, classes, anchor_generator=anchors, head=head, **sizes)
     octaves = tuple((s, s * 2 ** (1 / 2)) for s in (10.0, 20.0, 40.0))
     if name == "retinanet":
         anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
         head = RetinaNetHead(fpn, anchors.num_anchors_per_location()[0], classes)
         shorten_towers(head)
+        draw_towers(head)
         return RetinaNet(backbone, classes, anchor_generator=anchors, head=head, **sizes)
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
     return FasterRCNN(
@@ -106,3 +111,10 @@ def shorten_towers(head: RetinaNetHead) -> None:
     """Two convolutions a tower; torchvision's four are not to be chosen."""
     for branch in (head.classification_head, head.regression_head):
         branch.conv = branch.conv[:2]
+
+
+def draw_towers(head: nn.Module) -> None:
+    """torchvision draws the towers for fine-tuning, at 0.01; from nothing He's start is faster."""
+    for layer in head.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

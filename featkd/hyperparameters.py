@@ -76,7 +76,7 @@ TWO_STAGE = Hyperparameters(alpha=7e-5, beta=4e-3, gamma=7e-5, temperature=0.1)
 ONE_STAGE = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=0.5)
 """As printed in section 4.1 for one-stage detectors."""
 
-NORMALIZED = Hyperparameters(alpha=0.0, beta=1.0, gamma=0.0, temperature=0.5, normalize=True)
+NORMALIZED = Hyperparameters(alpha=0.0, beta=4.0, gamma=0.0, temperature=0.5, normalize=True)
 """Beyond the paper: L_AM alone, in units of the teacher's own norm; what the main job measures."""
 
 RELEASED_TWO_STAGE = Hyperparameters(
