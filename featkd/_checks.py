@@ -72,13 +72,19 @@ def require_flag(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be True or False, got {type(value).__name__}.")
 
 
-def require_number(name: str, value: object, *, positive: bool) -> None:
-    """A finite real number: above 0 where `positive`, else at least 0."""
+def require_number(name: str, value: object, *, above: float = -math.inf) -> None:
+    """A finite real number above `above`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        bound = "above 0" if positive else "at least 0"
-        raise ValueError(f"`{name}` must be finite and {bound}, got {value}.")
+    if not math.isfinite(value) or value <= above:
+        bound = "" if above == -math.inf else f" and above {above:g}"
+        raise ValueError(f"`{name}` must be finite{bound}, got {value}.")
+
+
+def require_weight(name: str, value: object) -> None:
+    require_number(name, value)
+    if isinstance(value, int | float) and value < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {value}.")
 
 
 def require_count(name: str, value: object) -> None:

@@ -128,7 +128,7 @@ def attention_mask(
     require_same_device(
         "teacher_attention", teacher_attention, "student_attention", student_attention
     )
-    require_number("temperature", temperature, positive=True)
+    require_number("temperature", temperature, above=0)
     require_choice("fusion", fusion, get_args(Fusion))
 
     dtype = compute_dtype(student_attention, teacher_attention)
@@ -177,7 +177,7 @@ class AttentionMask(nn.Module):
 
     def __init__(self, temperature: float, fusion: Fusion = "logits") -> None:
         super().__init__()
-        require_number("temperature", temperature, positive=True)
+        require_number("temperature", temperature, above=0)
         require_choice("fusion", fusion, get_args(Fusion))
         self.temperature = temperature
         self.fusion: Fusion = fusion

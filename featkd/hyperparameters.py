@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from ._checks import require_choice, require_flag, require_number
+from ._checks import require_choice, require_flag, require_number, require_weight
 from ._means import Attention
 from ._reduction import Reduction, require_reduction
 from .attention import Fusion
@@ -57,8 +57,8 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
-            require_number(name, getattr(self, name), positive=False)
-        require_number("temperature", self.temperature, positive=True)
+            require_weight(name, getattr(self, name))
+        require_number("temperature", self.temperature, above=0)
         require_choice("fusion", self.fusion, get_args(Fusion))
         require_flag("absolute", self.absolute)
         require_reduction(self.reduction)

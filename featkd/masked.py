@@ -200,7 +200,7 @@ class AttentionMaskedLoss(nn.Module):
     ) -> None:
         super().__init__()
         require_channel_counts(student_channels, teacher_channels)
-        require_number("temperature", temperature, positive=True)
+        require_number("temperature", temperature, above=0)
         require_choice("fusion", fusion, get_args(Fusion))
         require_choice("attention", attention, get_args(Attention))
         require_reduction(reduction)

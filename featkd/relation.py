@@ -70,7 +70,7 @@ def embedded_gaussian_relation(
         tensor([[[3., 4.]]])
     """
     _require_relation(theta, phi, g)
-    require_number("scale", scale, positive=False)
+    require_number("scale", scale)
     dtype = compute_dtype(theta, phi, g)
     query, key, value = (x.to(dtype).flatten(2).mT for x in (theta, phi, g))
     return _at_positions(attend(query, key, value, scale).mT, theta)
