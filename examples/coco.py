@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection
@@ -59,6 +60,15 @@ def has_area(annotation: dict[str, Any]) -> bool:
     return bool(width > 0 and height > 0)
 
 
+def is_image(file: Path) -> bool:
+    """Whether the header can be read; the pixels are not decoded."""
+    try:
+        with Image.open(file):
+            return True
+    except OSError:
+        return False
+
+
 def read_annotations(images: Path, annotations: Path) -> dict[str, Any]:
     """The content of the annotation file, or a :class:`CocoError` that says what to mend."""
     if not images.is_dir():
@@ -69,13 +79,20 @@ def read_annotations(images: Path, annotations: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(annotations.read_text())
         names = {image["id"]: image["file_name"] for image in content["images"]}
         categories = {category["id"] for category in content["categories"]}
-        used = [(a["image_id"], a["category_id"], len(a["bbox"])) for a in content["annotations"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CocoError(f"{annotations} must be a COCO detection file: {error!r}") from error
+        used = [
+            (a["image_id"], a["category_id"], len([float(number) for number in a["bbox"]]))
+            for a in content["annotations"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CocoError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
     missing = [name for name in names.values() if not (images / name).is_file()]
     if missing:
         some = ", ".join(missing[:3])
         raise CocoError(f"{len(missing)} images of {annotations} are not in {images}: {some} ...")
+    broken = [name for name in names.values() if not is_image(images / name)]
+    if broken:
+        some = ", ".join(broken[:3])
+        raise CocoError(f"{len(broken)} files of {annotations} are no images: {some} ...")
     if any(image not in names for image, _, _ in used):
         raise CocoError(f"{annotations} has annotations of images that it does not list")
     if any(category not in categories or length != 4 for _, category, length in used):

@@ -205,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model.backbone.compile()
 
     def run(name: str, model: nn.Module, steps: int) -> Curve:
+        # The compiler guards no hooks: the plain student's code would serve the tapped one too.
+        torch.compiler.reset()
         checkpoint = options.output / f"{name}.checkpoint.pt"
         return train(name, model, data, held_out, steps, settings, checkpoint)
 

@@ -28,11 +28,15 @@ COLOURS = {"teacher": "tab:gray", "plain": "tab:blue", "distilled": "tab:orange"
 def table(runs: dict[str, Curve]) -> str:
     """Held-out metrics of each run's last evaluation, and what distillation changes."""
     final = {name: curve.evaluations[-1][1] for name, curve in runs.items()}
+    # The evaluator says -1 where no held-out object has the size.
+    present = {m for m in METRICS if final["plain"][m] >= 0}
     rows = [("", *TITLES)]
     for name, metrics in final.items():
-        rows.append((name, *(f"{metrics[metric]:.3f}" for metric in METRICS)))
-    gains = (final["distilled"][metric] - final["plain"][metric] for metric in METRICS)
-    rows.append(("distilled - plain", *(f"{gain:+.3f}" for gain in gains)))
+        rows.append((name, *(f"{metrics[m]:.3f}" if m in present else "-" for m in METRICS)))
+    gains = {m: final["distilled"][m] - final["plain"][m] for m in METRICS}
+    rows.append(
+        ("distilled - plain", *(f"{gains[m]:+.3f}" if m in present else "-" for m in METRICS))
+    )
     return "\n".join("  ".join([row[0].ljust(17), *(c.rjust(6) for c in row[1:])]) for row in rows)
 
 

@@ -122,8 +122,6 @@ def train(
     )
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     curve, done = load(checkpoint, parts, settings.device) if checkpoint.exists() else (Curve(), 0)
-    if done == 0:
-        torch.manual_seed(settings.seed + rank)
     stepped = DistributedDataParallel(model) if ranks > 1 else model
     indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)
     loader = DataLoader(
@@ -134,6 +132,8 @@ def train(
     with tqdm(total=steps, initial=done, desc=name, unit="step", disable=rank > 0) as bar:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
+            # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
+            torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
             cast = (
                 torch.autocast(settings.device.type, torch.bfloat16)
                 if settings.amp
@@ -171,7 +171,7 @@ def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
     if world()[0] > 0:
         return
     content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"curve": vars(curve), "step": step, "rng": torch.get_rng_state()}
+    content |= {"curve": vars(curve), "step": step}
     write_atomically(path, content)
 
 
@@ -185,7 +185,6 @@ def load(path: Path, parts: dict[str, Any], device: torch.device) -> tuple[Curve
     content = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(content[name])
-    torch.set_rng_state(content["rng"])
     return Curve(**content["curve"]), content["step"]
 
 

@@ -20,7 +20,10 @@ def innermost(model: nn.Module) -> nn.Module:
     """The model itself, out of all its wrappers."""
     if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
         found = type(model).__name__
-        raise TypeError(f"`model` must be an nn.Module other than nn.DataParallel, got {found}.")
+        raise TypeError(
+            "`model` must be an nn.Module other than nn.DataParallel (use "
+            f"DistributedDataParallel), got {found}."
+        )
     return _own_names(model)[""][-1]
 
 
@@ -52,7 +55,7 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         raise ValueError(
             f"`{name}` must be a module's name, then ':input' and '[item]' if wanted, got {path!r}."
         )
-    keys = tuple(re.findall(r"\[([^\[\]]+)\]", match["keys"]))
+    keys = tuple(key.strip("'\"") for key in re.findall(r"\[([^\[\]]+)\]", match["keys"]))
     wanted = match["module"]
     own_names = _own_names(model)
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
@@ -66,6 +69,7 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         close = difflib.get_close_matches(wanted, own_names, n=3)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
         raise ValueError(
-            f"`{name}` must be the path of a module of the model, got {wanted!r}{hint}."
+            f"`{name}` must be the path of a module of the {type(model).__name__}, "
+            f"got {wanted!r}{hint}."
         )
     return module, match["input"] is not None, keys

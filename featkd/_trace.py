@@ -102,3 +102,16 @@ def trunk(root: Call, pixels: Shape) -> Iterator[Call]:
     for call in root.inner:
         if not (yield from walk(call)):
             return
+
+
+def first_maps(call: Call) -> Iterator[Shape]:
+    """The maps that enter modules, in the order of the calls: the first is the image."""
+    yield from call.taken_in
+    for inner in call.inner:
+        yield from first_maps(inner)
+
+
+def is_map_of(pixels: Shape, shape: Shape) -> bool:
+    """Of the same batch, and shrunk alike both ways up to the rounding of small maps."""
+    across, down = pixels[3] / shape[3], pixels[2] / shape[2]
+    return shape[0] == pixels[0] and 0.6 < across / down < 1.7

@@ -38,7 +38,7 @@ class Distiller(nn.Module):
             With neither, the teacher is called as the student is.
 
     Returns (forward):
-        `(output, losses)`.
+        `(output, losses)`. To validate, call `distiller.student`: the teacher does not run.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -101,6 +101,7 @@ class Distiller(nn.Module):
         if shared_input is not None:
             self.shared_input = _pair("shared_input", shared_input)
             source, target = self.shared_input
+            resolve(student, source, "shared_input")
             self._input_tap = FeatureTap(student, {"shared_input": f"{source}:input"})
             part, _, _ = resolve(teacher, target, "shared_input")
             self._teacher = (teacher, part)
@@ -117,6 +118,12 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._teacher[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a new teacher for a child, and go on with the old one.
+        if name == "teacher":
+            raise AttributeError("`teacher` must stay: make a new Distiller for another one.")
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return (
             f"teacher={type(self.teacher).__name__}, layers={self._student_tap.layers}, "
@@ -131,6 +138,12 @@ class Distiller(nn.Module):
             with self._student_tap, self._input_tap:
                 output = self.student(*args, **kwargs)
         student_features = self._student_tap.pop()
+        for level, features in student_features.items():
+            if torch.is_grad_enabled() and not features.requires_grad:
+                raise RuntimeError(
+                    f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
+                    "unfreeze it, or leave this level out of `layers` and `loss`."
+                )
         teacher_features = self._teacher_features(args, kwargs)
         for level, features in teacher_features.items():
             teacher_features[level] = features.to(student_features[level].device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from ._trace import Call, Shape, stride_of, trace, trunk
+from ._trace import Call, Shape, first_maps, is_map_of, stride_of, trace, trunk
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class LayerMatch:
     def teacher_channels(self) -> dict[str, int]:
         return {level: theirs.channels for level, (_, theirs) in self.pairs.items()}
 
+    def select(self, *levels: str) -> LayerMatch:
+        """The same with these levels alone."""
+        for level in levels:
+            if level not in self.pairs:
+                raise ValueError(f"`levels` must be among {list(self.pairs)}, got {level!r}.")
+        return replace(self, pairs={level: self.pairs[level] for level in levels})
+
     def __str__(self) -> str:
         rows = [("level", "stride", "student", "shape", "teacher", "shape")]
         for level, (ours, theirs) in self.pairs.items():
@@ -90,7 +97,8 @@ def match_layers(student: nn.Module, teacher: nn.Module, *example_inputs: Any) -
 
     Both models are called once with `example_inputs`, in `eval` mode without gradients, and left as
     they were. A layer is listed if its module runs once and puts out one feature map; its stride is
-    the height of the largest map that enters a module over its own. The backbone is the sequence of
+    the height of the first map that enters a module over its own (a map whose height and width do
+    not shrink alike, such as `(B, H, W, C)`, is none). The backbone is the sequence of
     modules that keep or halve their map, each one step whatever is inside; it ends where the stride
     falls or where several maps go in or come out. A stage is the last step at its stride, the
     outermost module of those that end with it. Only strides that both models have are paired;
@@ -136,14 +144,10 @@ def _tappable(name: str, model: nn.Module, example_inputs: tuple[Any, ...]) -> t
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
     root = trace(model, example_inputs, ended)
-    pixels = max(
-        (shape for call in ended for shape in call.taken_in),
-        key=lambda shape: shape[2] * shape[3],
-        default=(0, 0, 0, 0),
-    )
+    pixels = next(first_maps(root), (0, 0, 0, 0))
     for call in ended:
-        call.taken_in = [shape for shape in call.taken_in if shape[0] == pixels[0]]
-        call.put_out = [shape for shape in call.put_out if shape[0] == pixels[0]]
+        call.taken_in = [shape for shape in call.taken_in if is_map_of(pixels, shape)]
+        call.put_out = [shape for shape in call.put_out if is_map_of(pixels, shape)]
     runs = Counter(call.path for call in ended)
     stages = {}
     for call in trunk(root, pixels):

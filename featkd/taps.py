@@ -169,10 +169,10 @@ class FeatureTap:
             return
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             raise RuntimeError(
-                f"`layers[{alias!r}]` must carry a gradient, got none from {path!r}: a module "
-                "inside reentrant checkpointing (take `use_reentrant=False`), under `no_grad` or "
-                "with frozen parameters gives the student nothing to learn by; call a teacher "
-                "under `torch.no_grad()`."
+                f"`layers[{alias!r}]` must carry a gradient, got none from {path!r}: parameters "
+                "are frozen (leave this level out, here and in the loss), or it runs under "
+                "`no_grad` or inside reentrant checkpointing (take `use_reentrant=False`); call a "
+                "teacher under `torch.no_grad()`."
             )
 
 
