@@ -565,3 +565,16 @@ MISUSE = {
 @pytest.mark.parametrize(("error", "call", "mention"), MISUSE.values(), ids=MISUSE)
 def test_misuse(error, call, mention):
     raises(error, call, mention)
+
+
+def test_a_wholly_frozen_student_is_an_error():
+    distiller = make()
+    distiller.student.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="must carry a gradient, got a frozen part"):
+        distiller(images())
+
+
+def test_another_teacher_wants_another_distiller():
+    distiller = make()
+    with pytest.raises(AttributeError, match="make a new Distiller"):
+        distiller.teacher = make().teacher

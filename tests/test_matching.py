@@ -311,3 +311,33 @@ def test_the_table_of_real_detectors_fits_a_screen():
 )
 def test_misuse(error, call, mention):
     raises(error, call, mention)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, features):
+        return features.permute(0, 2, 3, 1).contiguous()
+
+
+def test_channels_last_maps_are_not_taken_for_feature_maps():
+    model = nn.Sequential(nn.Conv2d(3, 96, 4, 4), ChannelsLast())
+    match = match_layers(model, model, torch.zeros(1, 3, 64, 64))
+    assert [layer.path for layer in match.student] == ["0"]
+
+
+def test_strides_count_from_the_first_map_that_goes_in():
+    """Not from the largest: a channels-last map may be wider than the image."""
+    wide = nn.Sequential(nn.Conv2d(3, 512, 4, 4), ChannelsLast(), nn.LayerNorm(512))
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 3, 1), wide)
+    match = match_layers(model, model, torch.zeros(1, 3, 64, 64))
+    assert match.layers["c1"] == ("1", "1")
+    assert match.student[0].stride == 2
+
+
+def test_select_keeps_the_named_levels():
+    models = [nn.Sequential(nn.Conv2d(3, c, 2, 2), nn.Conv2d(c, c, 2, 2)) for c in (4, 8)]
+    match = match_layers(*models, torch.zeros(1, 3, 16, 16))
+    assert list(match.layers) == ["c1", "c2"]
+    assert match.select("c2").layers == {"c2": ("1", "1")}
+    assert match.select("c2").student == match.student
+    with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
+        match.select("c9")

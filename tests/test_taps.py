@@ -849,3 +849,16 @@ def test_one_tap_cannot_be_entered_twice():
     tap = FeatureTap(Net(), LEVELS)
     with tap:
         raises(RuntimeError, tap.__enter__, "twice")
+
+
+def test_a_key_may_stand_in_quotes():
+    class Pyramid(nn.Module):
+        def forward(self, image):
+            return {"low": image, "0": -image}
+
+    model = nn.Sequential(Pyramid())
+    with FeatureTap(model, {"a": "0['low']", "b": '0["0"]'}) as tap:
+        model(torch.ones(1, 3, 4, 4))
+        features = tap.pop()
+    assert features["a"].sum() == 48
+    assert features["b"].sum() == -48
