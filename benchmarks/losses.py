@@ -68,8 +68,8 @@ def step(
     loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor
 ) -> Callable[[], None]:
     def run() -> None:
-        student.grad = None
         loss(student, teacher).backward()
+        student.grad = None
 
     return run
 
