@@ -21,9 +21,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    # The memory-efficient kernels want one width for all, a multiple of 8; zeros add nothing.
+    # Without one width for all, a multiple of 8 (zeros add nothing), and a dense last dimension the
+    # kernels fall back on the matrix of pairs.
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])).unsqueeze(1) for x in (query, key, value))
+    q, k, v = (
+        F.pad(x, (0, width - x.shape[-1])).contiguous().unsqueeze(1) for x in (query, key, value)
+    )
     with full_precision(query):
         result = F.scaled_dot_product_attention(q, k, v, scale=scale)
     # With few keys some kernels pass over a NaN; 0 * NaN shows it to the queries that it concerns.

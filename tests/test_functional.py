@@ -506,6 +506,13 @@ def test_relations_build_no_matrix_of_all_pairs(case):
     assert largest.elements < pairs / 4
 
 
+def test_softmax_relations_build_none_at_widths_that_need_no_padding():
+    theta, phi, g = (torch.randn(1, 8, 400, requires_grad=True) for _ in range(3))
+    with LargestTensor() as largest:
+        functional.embedded_gaussian_relation(theta, phi, g).sum().backward()
+    assert largest.elements < 400 * 400 / 4
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("name", ["spatial_attention", "channel_attention"])
 def test_attention_makes_no_full_size_temporary(name, absolute):
