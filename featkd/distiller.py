@@ -84,10 +84,13 @@ class Distiller(nn.Module):
                 f"got {shared_input!r}."
             )
         pairs = {level: _pair(f"layers[{level!r}]", path) for level, path in layers.items()}
-        if isinstance(loss, FeatureDistillationLoss) and set(pairs) != set(loss.levels):
-            raise ValueError(
-                f"`layers` must have the levels of `loss` {list(loss.levels)}, got {list(pairs)}."
-            )
+        if isinstance(loss, FeatureDistillationLoss):
+            fits = len(pairs) == 1 if loss.single else set(pairs) == set(loss.levels)
+            if not fits:
+                levels = list(loss.levels)
+                raise ValueError(
+                    f"`layers` must have the levels of `loss` {levels}, got {list(pairs)}."
+                )
         self.student = student
         self.loss = loss
         # A tuple keeps the teacher, and the part that runs, out of parameters(), state_dict(),
@@ -147,6 +150,9 @@ class Distiller(nn.Module):
         teacher_features = self._teacher_features(args, kwargs)
         for level, features in teacher_features.items():
             teacher_features[level] = features.to(student_features[level].device)
+        if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:
+            (level,) = student_features
+            return output, self.loss(student_features[level], teacher_features[level])
         return output, self.loss(student_features, teacher_features)
 
     @torch.no_grad()

@@ -578,3 +578,14 @@ def test_another_teacher_wants_another_distiller():
     distiller = make()
     with pytest.raises(AttributeError, match="make a new Distiller"):
         distiller.teacher = make().teacher
+
+
+def test_a_loss_of_one_level_takes_any_name_for_it():
+    from featkd import ONE_STAGE, FeatureDistillationLoss
+
+    loss = FeatureDistillationLoss(8, 12, hyperparameters=ONE_STAGE).double()
+    student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU()).double() for c in (8, 12))
+    _, losses = Distiller(student, teacher, loss, {"anything": "1"})(images())
+    assert losses["attention_masked"] > 0
+    with pytest.raises(ValueError, match="`layers` must have the levels of `loss`"):
+        Distiller(student, teacher, loss, {"a": "0", "b": "1"})
