@@ -166,16 +166,12 @@ class AttentionMaskedLoss(nn.Module):
     across them. Teacher features are constants.
 
     Args:
-        student_channels: C_S.
-        teacher_channels: C_T.
+        student_channels, teacher_channels: C_S and C_T.
         temperature, fusion: as in :func:`featkd.functional.attention_mask`.
-        attention: mask by `"both"` (the paper), `"spatial"` or `"channel"` attention alone (its
-            table 6; the released code's two-stage detectors take `"spatial"`).
+        attention: mask by `"both"` (the paper), `"spatial"` or `"channel"` alone (its table 6).
         reduction: as in the function.
-        resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
-            `"bicubic"`: the student's features are resized to the teacher's H x W.
-        normalize: divide by the loss of an all-zero student under the same masks, image by image
-            (beyond the paper).
+        resize: as in :class:`featkd.AttentionTransferLoss`.
+        normalize: divide by an all-zero student's loss under the same masks, image by image.
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 
