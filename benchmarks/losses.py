@@ -11,38 +11,33 @@ from typing import Any
 import plain
 import torch
 from measure import interleaved, peak_bytes, spread, table, write
-from torch import Tensor
+from torch import Tensor, nn
 
 import featkd
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 SHAPES = ((2, 256, 100, 152), (2, 256, 200, 304), (8, 256, 100, 152))
 TEMPERATURE = 0.5
-# Reads and writes of a whole feature map that the formulas need, each loss on its own.
+# Reads and writes of a whole feature map that the formulas need.
 PASSES = {
     # forward: both maps, for the masks and for the loss; backward: both, and the gradient.
     "L_AM": 4 + 3,
     # forward: both maps; backward: the student's, and its gradient.
     "L_AT": 2 + 2,
-    # both, with the two gradients added: two read, one written.
-    "L_AM + L_AT": 4 + 3 + 2 + 2 + 3,
+    # one reading for masks and L_AT, one for L_AM; both backwards; the two gradients added: two
+    # read, one written.
+    "L_AM + L_AT": 4 + 3 + 2 + 3,
 }
 
 
-def ours_masked(student: Tensor, teacher: Tensor) -> Tensor:
-    with torch.no_grad():
-        spatial = featkd.attention_mask(
-            featkd.spatial_attention(student),
-            featkd.spatial_attention(teacher),
-            temperature=TEMPERATURE,
-        )
-        channel = featkd.attention_mask(
-            featkd.channel_attention(student),
-            featkd.channel_attention(teacher),
-            temperature=TEMPERATURE,
-        )
-    return featkd.attention_masked_loss(
-        student, teacher, spatial_mask=spatial, channel_mask=channel
-    )
+def without_adapters(loss: nn.Module) -> nn.Module:
+    """The plain formulas have no adapters."""
+    for parent in list(loss.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d | nn.Linear):
+                setattr(parent, name, nn.Identity())
+    return loss
 
 
 def plain_masked(student: Tensor, teacher: Tensor) -> Tensor:
@@ -53,20 +48,26 @@ def plain_both(student: Tensor, teacher: Tensor) -> Tensor:
     return plain_masked(student, teacher) + plain.transfer_loss(student, teacher)
 
 
-def ours_both(student: Tensor, teacher: Tensor) -> Tensor:
-    return ours_masked(student, teacher) + featkd.attention_transfer_loss(student, teacher)
+def ours_both(channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+    settings = featkd.Hyperparameters(alpha=1.0, beta=1.0, gamma=0.0, temperature=TEMPERATURE)
+    loss = without_adapters(
+        featkd.FeatureDistillationLoss(channels, channels, hyperparameters=settings)
+    )
+    return lambda student, teacher: sum(loss(student, teacher).values())
 
 
-LOSSES = {
-    "L_AM": (plain_masked, ours_masked),
-    "L_AT": (plain.transfer_loss, featkd.attention_transfer_loss),
-    "L_AM + L_AT": (plain_both, ours_both),
-}
+def forms(channels: int) -> dict[str, tuple[Loss, Loss]]:
+    """Each loss, written plainly and as featkd has it."""
+    masked = featkd.AttentionMaskedLoss(channels, channels, temperature=TEMPERATURE)
+    transfer = featkd.AttentionTransferLoss(channels, channels)
+    return {
+        "L_AM": (plain_masked, without_adapters(masked)),
+        "L_AT": (plain.transfer_loss, without_adapters(transfer)),
+        "L_AM + L_AT": (plain_both, ours_both(channels)),
+    }
 
 
-def step(
-    loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor
-) -> Callable[[], None]:
+def step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], None]:
     def run() -> None:
         loss(student, teacher).backward()
         student.grad = None
@@ -81,13 +82,15 @@ def measure(device: torch.device, compiled: bool) -> list[dict[str, Any]]:
         teacher = torch.randn(shape, device=device)
         target = torch.empty_like(teacher)
         size = teacher.numel() * teacher.element_size()
-        for name, (plainly, ours) in LOSSES.items():
+        for name, (plainly, ours) in forms(shape[1]).items():
             runs = {
                 "copy": partial(target.copy_, teacher),
                 "plain": step(plainly, student, teacher),
                 "featkd": step(ours, student, teacher),
             }
             if compiled:
+                torch.compiler.reset()
+                runs["plain compiled"] = step(torch.compile(plainly), student, teacher)
                 runs["featkd compiled"] = step(
                     torch.compile(ours, fullgraph=True), student, teacher
                 )

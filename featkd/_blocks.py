@@ -1,8 +1,8 @@
 """Walking a feature map in blocks of channels.
 
 On CPU a fresh full-size temporary costs more than the arithmetic on it (page faults, then a trip to
-memory and back), so the closed forms work block by block, in cache. On other devices, and wherever
-a gradient's graph is being recorded, one block holds all.
+memory and back), so the closed forms work block by block, in cache, and in place. On other devices,
+and wherever a gradient's graph is being recorded, one block holds all.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ _BLOCK_BYTES = 1 << 21
 
 
 def takes_closed_form() -> bool:
-    """Reverse mode in eager does; the compiler fuses the plain formula, forward mode derives it."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    """Reverse mode in eager does.
+
+    The compiler fuses the plain formula; forward mode and the transforms of `torch.func` derive it.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def _in_place() -> bool:
+    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
 
 
 def channel_blocks(features: Tensor) -> list[slice]:
     """Ranges of channels, about 2 MiB of `features` each."""
     channels = features.shape[1]
     width = channels
-    if features.device.type == "cpu" and not torch.is_grad_enabled():
+    if features.device.type == "cpu" and _in_place():
         bytes_per_channel = features[:, :1].numel() * features.element_size()
         width = max(1, _BLOCK_BYTES // max(bytes_per_channel, 1))
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
@@ -46,3 +55,8 @@ def map_blocks(
         for result, part in zip(results, parts, strict=True):
             result[:, block] = part
     return results
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """`x * factor` for a fresh `x`, which it may overwrite."""
+    return x.mul_(factor) if _in_place() else x * factor

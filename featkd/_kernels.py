@@ -78,12 +78,12 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
 
     For each query these keys are the first few in the order of falling `phi`.
     """
+    falling, order = (-phi).sort(dim=1)
+    count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
     # The sum theta + phi bears any shift; with centred keys the two terms below cancel least. The
     # mean also carries a NaN to every query, as the double loop would.
     centre = phi.detach().mean(1, keepdim=True)
-    theta, phi = theta + centre, phi - centre
-    falling, order = (-phi).sort(dim=1)
-    count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
+    theta, falling = theta + centre, falling + centre
 
     def sums(block: slice) -> tuple[Tensor, Tensor]:
         part = g[:, block]

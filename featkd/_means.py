@@ -13,6 +13,7 @@ from ._precision import compute_dtype
 
 Attention = Literal["both", "spatial", "channel"]
 Dims = tuple[int, ...]
+Maps = dict[Dims, Tensor]
 
 OVER_CHANNELS: Dims = (1,)
 OVER_POSITIONS: Dims = (2, 3)
@@ -23,22 +24,17 @@ MAPS: dict[Attention, tuple[Dims, ...]] = {
 }
 
 
-def attention_maps(
-    features: Tensor, dims: tuple[Dims, ...], absolute: bool = True
-) -> tuple[Tensor, ...]:
+def attention_maps(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -> Maps:
     """The mean over each of `dims`, :data:`OVER_CHANNELS` or :data:`OVER_POSITIONS`, in one go."""
     if takes_closed_form():
-        means: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
-        return means
+        return dict(zip(dims, _Means.apply(features, dims, absolute), strict=True))
     wide = features.to(compute_dtype(features))
     wide = wide.abs() if absolute else wide
-    return tuple(wide.mean(d) for d in dims)
+    return {d: wide.mean(d) for d in dims}
 
 
 class _Means(torch.autograd.Function):
     """The means with their gradient in closed form: the features are read once each way."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
@@ -71,8 +67,9 @@ class _Means(torch.autograd.Function):
 
         def gradient(block: slice) -> tuple[Tensor]:
             part = features[:, block]
-            slope = 0.0 if spatial is None else spatial[:, None]
-            slope = slope if channel is None else slope + channel[:, block, None, None]
+            terms = [] if spatial is None else [spatial[:, None]]
+            terms += [] if channel is None else [channel[:, block, None, None]]
+            slope = terms[0] if len(terms) == 1 else terms[0] + terms[1]
             sign = part.sign() if ctx.absolute else torch.ones_like(part)
             return ((sign * slope).to(part.dtype),)
 

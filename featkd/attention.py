@@ -15,7 +15,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
-from ._means import MAPS, attention_maps
+from ._means import OVER_CHANNELS, OVER_POSITIONS, attention_maps
 from ._precision import compute_dtype
 
 Fusion = Literal["logits", "probabilities"]
@@ -46,7 +46,7 @@ def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return attention_maps(features, MAPS["spatial"], absolute)[0]
+    return attention_maps(features, (OVER_CHANNELS,), absolute)[OVER_CHANNELS]
 
 
 def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -74,7 +74,7 @@ def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return attention_maps(features, MAPS["channel"], absolute)[0]
+    return attention_maps(features, (OVER_POSITIONS,), absolute)[OVER_POSITIONS]
 
 
 def attention_mask(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import require_flag, require_tensor
+from ._means import MAPS, attention_maps
 from ._precision import compute_dtype
 from .adapters import prepare_pair, require_resize
 from .hyperparameters import Hyperparameters
@@ -150,20 +151,35 @@ class FeatureDistillationLoss(nn.Module):
             pairs[level] = prepare_pair(
                 ours[level], theirs[level], channels, self.resize, (at_level[0], at_level[1])
             )
-        terms = {
-            "attention_transfer": (self.hyperparameters.alpha, self.attention_transfer),
-            "attention_masked": (self.hyperparameters.beta, self.attention_masked),
-            "non_local": (self.hyperparameters.gamma, self.non_local),
+        settings = self.hyperparameters
+        maps = {}
+        if self.attention_transfer and self.attention_masked and settings.absolute:
+            # One reading of the features serves the attention transfer and the masks.
+            for level, (student, teacher) in pairs.items():
+                dims = MAPS["both"]
+                maps[level] = {
+                    "maps": (attention_maps(student, dims), attention_maps(teacher, dims))
+                }
+        return {
+            "attention_transfer": self._term(settings.alpha, self.attention_transfer, pairs, maps),
+            "attention_masked": self._term(settings.beta, self.attention_masked, pairs, maps),
+            "non_local": self._term(settings.gamma, self.non_local, pairs, {}),
         }
-        return {name: self._term(weight, losses, pairs) for name, (weight, losses) in terms.items()}
 
     def _term(
-        self, weight: float, losses: nn.ModuleDict, pairs: dict[str, tuple[Tensor, Tensor]]
+        self,
+        weight: float,
+        losses: nn.ModuleDict,
+        pairs: dict[str, tuple[Tensor, Tensor]],
+        options: dict[str, dict[str, Any]],
     ) -> Tensor:
         if not losses:
             student, _ = pairs[self.levels[0]]
             return torch.zeros((), dtype=compute_dtype(student), device=student.device)
-        values = [losses[_module_name(level)](*pair) for level, pair in pairs.items()]
+        values = [
+            losses[_module_name(level)](*pair, **options.get(level, {}))
+            for level, pair in pairs.items()
+        ]
         return weight * torch.stack(values).sum(0)
 
     def _levels_of(self, name: str, features: Features) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ._blocks import channel_blocks, map_blocks, takes_closed_form
+from ._blocks import channel_blocks, map_blocks, scaled, takes_closed_form
 from ._checks import (
     require_choice,
     require_feature_pair,
@@ -17,7 +17,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
-from ._means import MAPS, OVER_CHANNELS, OVER_POSITIONS, Attention, attention_maps
+from ._means import MAPS, OVER_CHANNELS, OVER_POSITIONS, Attention, Maps, attention_maps
 from ._precision import compute_dtype
 from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
 from .adapters import Conv2d, prepare_pair, require_channel_counts, require_resize
@@ -107,17 +107,17 @@ def _weigh(x: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None) 
 class _MaskedNorm(torch.autograd.Function):
     """Eq. (2) with its gradient in closed form, M_s M_c (S - T) / L; saves inputs and L alone."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+        weight = None if spatial_mask is None else spatial_mask.to(dtype)[:, None]
         energies = []
         for block in channel_blocks(teacher):
-            difference = student[:, block].to(dtype) - teacher[:, block].to(dtype)
-            energies.append(_weigh(difference.square(), spatial_mask, None).sum((2, 3)))
+            square = (student[:, block].to(dtype) - teacher[:, block].to(dtype)).square_()
+            square = square if weight is None else square.mul_(weight)
+            energies.append(square.sum((2, 3)))
         energy = torch.cat(energies, 1)
         if channel_mask is not None:
             energy = energy * channel_mask.to(dtype)
@@ -132,23 +132,29 @@ class _MaskedNorm(torch.autograd.Function):
         student, teacher, spatial_mask, channel_mask, norm = ctx.saved_tensors
         zero = norm == 0
         slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))
-        weight = slope[:, None, None]
-        if spatial_mask is not None:
-            weight = weight * spatial_mask.to(norm.dtype)
+        weight = None if spatial_mask is None else spatial_mask.to(norm.dtype)[:, None]
 
         def difference(block: slice) -> Tensor:
             result: Tensor = student[:, block].to(norm.dtype) - teacher[:, block].to(norm.dtype)
             return result
 
-        def gradient(block: slice) -> Tensor:
-            part = None if channel_mask is None else channel_mask[:, block]
-            return _weigh(difference(block), weight, part)
+        def gradient(features: Tensor, sign: int) -> Tensor:
+            by_channel = (sign * slope)[:, None].expand(features.shape[:2])
+            if channel_mask is not None:
+                by_channel = by_channel * channel_mask.to(norm.dtype)
+
+            def of_block(block: slice) -> tuple[Tensor]:
+                part = difference(block)
+                part = part if weight is None else scaled(part, weight)
+                return ((part * by_channel[:, block, None, None]).to(features.dtype),)
+
+            return map_blocks(features, of_block)[0]
 
         to_student = to_teacher = to_spatial = to_channel = None
         if ctx.needs_input_grad[0]:
-            (to_student,) = map_blocks(student, lambda block: (gradient(block).to(student.dtype),))
+            to_student = gradient(student, 1)
         if ctx.needs_input_grad[1]:
-            (to_teacher,) = map_blocks(teacher, lambda block: (-gradient(block).to(teacher.dtype),))
+            to_teacher = gradient(teacher, -1)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
             if ctx.needs_input_grad[2]:
@@ -219,11 +225,14 @@ class AttentionMaskedLoss(nn.Module):
             f"resize={self.resize!r}, normalize={self.normalize}"
         )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
+    ) -> Tensor:
+        """`maps`: both sides' attention maps, where the caller has them already."""
         channels = self.student_channels, self.teacher_channels
         student, teacher = prepare_pair(student, teacher, channels, self.resize)
         adapted = self.adapter(student)
-        spatial_mask, channel_mask = self.masks(student, adapted, teacher)
+        spatial_mask, channel_mask = self.masks(student, adapted, teacher, maps)
         loss = attention_masked_loss(
             adapted, teacher, spatial_mask=spatial_mask, channel_mask=channel_mask, reduction="none"
         )
@@ -234,18 +243,23 @@ class AttentionMaskedLoss(nn.Module):
 
     @torch.no_grad()
     def masks(
-        self, student: Tensor, adapted: Tensor, teacher: Tensor
+        self,
+        student: Tensor,
+        adapted: Tensor,
+        teacher: Tensor,
+        maps: tuple[Maps, Maps] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
         dims = MAPS[self.attention]
-        theirs = attention_maps(teacher, dims)
-        if self.student_channels == self.teacher_channels:
-            ours = attention_maps(student, dims)
-        else:
-            sources = {OVER_CHANNELS: student, OVER_POSITIONS: adapted}
-            ours = tuple(attention_maps(sources[d], (d,))[0] for d in dims)
+        one_channel_index = self.student_channels == self.teacher_channels
+        if maps is None:
+            of_student = dims if one_channel_index else tuple(d for d in dims if d == OVER_CHANNELS)
+            maps = attention_maps(student, of_student), attention_maps(teacher, dims)
+        ours, theirs = maps
+        if not one_channel_index and OVER_POSITIONS in dims:
+            ours = ours | attention_maps(adapted, (OVER_POSITIONS,))
         masks = {
-            d: attention_mask(a, b, temperature=self.temperature, fusion=self.fusion)
-            for d, a, b in zip(dims, ours, theirs, strict=True)
+            d: attention_mask(ours[d], theirs[d], temperature=self.temperature, fusion=self.fusion)
+            for d in dims
         }
         return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

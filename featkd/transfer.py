@@ -14,7 +14,7 @@ from ._checks import (
     require_flag,
     require_shape,
 )
-from ._means import MAPS, OVER_CHANNELS, Attention, attention_maps
+from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps
 from ._precision import full_precision
 from ._reduction import (
     Reduction,
@@ -77,43 +77,37 @@ def attention_transfer_loss(
     """
     require_reduction(reduction)
     require_flag("absolute", absolute)
-    distances = _distances(student, teacher, "both", spatial_adapter, channel_adapter, absolute)
-    return _sum_reduced(distances, reduction)
+    require_callable("spatial_adapter", spatial_adapter)
+    require_callable("channel_adapter", channel_adapter)
+    require_feature_pair(student, teacher, same_channels=channel_adapter is None)
+    ours, theirs = (attention_maps(x, MAPS["both"], absolute) for x in (student, teacher))
+    return _sum_reduced(
+        _distances(MAPS["both"], ours, theirs, spatial_adapter, channel_adapter), reduction
+    )
 
 
 def _distances(
-    student: Tensor,
-    teacher: Tensor,
-    attention: Attention,
+    dims: tuple[Dims, ...],
+    ours: Maps,
+    theirs: Maps,
     spatial_adapter: Adapter | None,
     channel_adapter: Adapter | None,
-    absolute: bool,
     normalize: bool = False,
 ) -> list[Tensor]:
-    """The distances per image, `(B,)` each, of the maps that `attention` names."""
-    require_callable("spatial_adapter", spatial_adapter)
-    require_callable("channel_adapter", channel_adapter)
-    one_channel_index = attention != "spatial" and channel_adapter is None
-    require_feature_pair(student, teacher, same_channels=one_channel_index)
-    dims = MAPS[attention]
-    maps = zip(
-        dims,
-        attention_maps(student, dims, absolute),
-        attention_maps(teacher, dims, absolute),
-        strict=True,
-    )
+    """The distances per image, `(B,)` each, of the maps over `dims`."""
     pairs = []
-    for over, ours, theirs in maps:
+    for over in dims:
+        mine, target = ours[over], theirs[over]
         if over == OVER_CHANNELS:
-            ours, theirs = ours[:, None], theirs[:, None]
-            ours = _adapt("spatial_adapter", spatial_adapter, ours, theirs)
+            mine, target = mine[:, None], target[:, None]
+            mine = _adapt("spatial_adapter", spatial_adapter, mine, target)
         else:
-            ours = _adapt("channel_adapter", channel_adapter, ours, theirs)
-        pairs.append((ours, theirs))
-    distances = [norm_per_image(ours - theirs) for ours, theirs in pairs]
+            mine = _adapt("channel_adapter", channel_adapter, mine, target)
+        pairs.append((mine, target))
+    distances = [norm_per_image(mine - target) for mine, target in pairs]
     if not normalize:
         return distances
-    norms = [norm_per_image(theirs) for _, theirs in pairs]
+    norms = [norm_per_image(target) for _, target in pairs]
     total = norms[0] if len(norms) == 1 else norms[0] + norms[1]
     return [relative_to(distance, total) for distance in distances]
 
@@ -195,16 +189,15 @@ class AttentionTransferLoss(nn.Module):
             f"normalize={self.normalize}"
         )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
+    ) -> Tensor:
+        """`maps`: both sides' attention maps, where the caller has them already."""
         channels = self.student_channels, self.teacher_channels
         student, teacher = prepare_pair(student, teacher, channels, self.resize)
+        dims = MAPS[self.attention]
+        ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
         distances = _distances(
-            student,
-            teacher,
-            self.attention,
-            self.spatial_adapter,
-            self.channel_adapter,
-            self.absolute,
-            self.normalize,
+            dims, ours, theirs, self.spatial_adapter, self.channel_adapter, self.normalize
         )
         return _sum_reduced(distances, self.reduction)

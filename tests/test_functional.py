@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import featkd
-from featkd import functional
+from featkd import _blocks, functional
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
@@ -304,6 +304,50 @@ def test_torch_func_jvp_is_the_gradient_along_a_direction(case):
     close(actual, sum((g * t).sum() for g, t in zip(gradient, tangents, strict=True)))
 
 
+# --- blocks of channels ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks_of_one(monkeypatch):
+    """The smallest blocks: each channel on its own."""
+    monkeypatch.setattr(_blocks, "_BLOCK_BYTES", 1)
+
+
+@each_case
+@pytest.mark.usefixtures("blocks_of_one")
+def test_in_blocks_value_and_gradient_are_those_of_the_loops(case):
+    tensors = leaves(case.inputs())
+    close(case(**tensors), case.expected(**tensors))
+    assert torch.autograd.gradcheck(case.of_one, tuple(tensors.values()))
+
+
+@each_case
+@pytest.mark.usefixtures("blocks_of_one")
+def test_in_blocks_lower_precision_and_other_layouts_change_nothing(case):
+    """The gradient is written in place: in the dtype and the layout of its input."""
+    tensors = {name: value.bfloat16() for name, value in case.inputs().items()}
+    wide = gradients(case, leaves({name: value.float() for name, value in tensors.items()}))
+    for turn in (lambda x: x, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        narrow = {name: turn(value).requires_grad_() for name, value in tensors.items()}
+        for name, gradient in gradients(case, narrow).items():
+            assert gradient.dtype == torch.bfloat16
+            close(gradient, wide[name], 1e-2)
+
+
+@each_case
+@torch_loops
+@pytest.mark.usefixtures("blocks_of_one")
+def test_in_blocks_gradients_can_be_batched(case):
+    tensors = leaves(case.inputs())
+    output = case(**tensors)
+    weights = normal(3, *output.shape, seed=9)
+    inputs = tuple(tensors.values())
+    one_by_one = [torch.autograd.grad(output, inputs, w, retain_graph=True) for w in weights]
+    batched = torch.autograd.grad(output, inputs, weights, is_grads_batched=True)
+    for actual, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        close(actual, torch.stack(expected))
+
+
 # --- dtypes ---------------------------------------------------------------------------------------
 
 
@@ -456,6 +500,23 @@ def test_a_bad_image_leaves_the_others_alone(case):
     output = case(**tensors)
     close(output[[0, 2]], expected[[0, 2]], 1e-13)
     assert output[1].isnan().all()
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+def test_prefix_sums_of_60_000_positions_keep_float32_s_accuracy(spread):
+    """Values and gradients within 1e-5 of float64: the sums run over all positions."""
+    tensors = {
+        "theta": spread * normal(1, 1, 60_000, seed=1, dtype=torch.float32) + 1,
+        "phi": spread * normal(1, 1, 60_000, seed=2, dtype=torch.float32) + 2,
+        "g": normal(1, 4, 60_000, seed=3, dtype=torch.float32),
+    }
+    case = next(case for case in RELATIONS if case.name == "concatenation")
+    wide = leaves({name: value.double() for name, value in tensors.items()})
+    output, expected = case(**tensors).double(), case(**wide)
+    assert (output - expected).norm() <= 1e-5 * expected.norm()
+    for name, gradient in gradients(case, leaves(tensors)).items():
+        exact = gradients(case, wide)[name]
+        assert (gradient - exact).norm() <= 1e-5 * exact.norm(), name
 
 
 @each_case

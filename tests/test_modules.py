@@ -573,6 +573,23 @@ def test_the_terms_are_weighted_and_summed_over_the_levels():
         assert terms[name].shape == ()
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_the_terms_have_the_gradients_of_the_losses_on_their_own(absolute):
+    """Attention transfer and masks share one reading of the features."""
+    settings = dataclasses.replace(ALL_TERMS, absolute=absolute)
+    loss, (student, teacher) = by_level(hyperparameters=settings), levels()
+    student = {level: value.requires_grad_() for level, value in student.items()}
+    for name, weight in zip(KEYS, (0.5, 2.0, 3.0), strict=True):
+        modules = getattr(loss, name)
+        alone = weight * sum(modules[level](student[level], teacher[level]) for level in modules)
+        inputs = [*student.values(), *modules.parameters()]
+        inputs = [value for value in inputs if value.requires_grad]
+        expected = torch.autograd.grad(alone, inputs)
+        found = torch.autograd.grad(loss(student, teacher)[name], inputs)
+        for a, b in zip(found, expected, strict=True):
+            close(a, b)
+
+
 def test_one_level_by_tensors_equals_one_level_by_name():
     student, teacher = normal(2, 4, 4, 6, seed=1), normal(2, 3, 4, 6, seed=2)
     single = FeatureDistillationLoss(4, 3, hyperparameters=ALL_TERMS).double()
