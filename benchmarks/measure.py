@@ -29,12 +29,16 @@ def seconds(
         function()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < budget and len(times) < 100):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(once(function, device))
     return times
+
+
+def once(function: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def interleaved(
@@ -46,18 +50,14 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(once(function, device))
     return times
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The most that `function` holds at one time beyond what is allocated before."""
-    function()
     if device.type == "cuda":
+        function()  # the libraries' workspaces stay
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,7 +76,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=4)
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return {"median": median, "p25": low, "p75": high}
 
 

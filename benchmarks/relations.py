@@ -8,7 +8,9 @@ its backward raises an error.
 
 import argparse
 import math
+import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,24 +22,32 @@ from torch import Tensor
 import featkd
 
 POSITIONS = (1024, 2048, 4096, 8192, 16384, 32768, 60800)
-GAUSSIAN_POSITIONS = (1024, 2048, 4096)  # exact softmax attention stays quadratic in time
+GAUSSIAN_POSITIONS = (1024, 2048, 4096, 60800)  # exact softmax attention: quadratic in time
 MATRIX_POSITIONS = 4096
 WIDTH = 128
 IMAGES = 2
+SLOW = 10.0  # seconds: timed once
 FITTED = (4000, 33000)
-KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "dot_product": featkd.dot_product_relation,
-    "concatenation": featkd.concatenation_relation,
-    "embedded_gaussian": featkd.embedded_gaussian_relation,
+Relation = Callable[..., Tensor]
+# As featkd has it, and with the matrix of all pairs.
+KINDS: dict[str, tuple[Relation, Relation]] = {
+    "dot_product": (featkd.dot_product_relation, partial(plain.relation, "dot_product")),
+    "concatenation": (featkd.concatenation_relation, partial(plain.relation, "concatenation")),
+    "embedded_gaussian": (
+        featkd.embedded_gaussian_relation,
+        partial(plain.relation, "embedded_gaussian"),
+    ),
+    "gaussian": (featkd.gaussian_relation, lambda x, g: plain.relation("gaussian", x, x, g)),
 }
 
 
 def inputs(kind: str, positions: int, device: torch.device) -> list[Tensor]:
-    width = 1 if kind == "concatenation" else WIDTH
-    scale = WIDTH**-0.25 if kind == "embedded_gaussian" else 1.0
+    """theta, phi and g; for the gaussian the features and g."""
+    widths = {"concatenation": (1, 1, WIDTH), "gaussian": (WIDTH, WIDTH)}
+    scale = WIDTH**-0.25 if kind.endswith("gaussian") else 1.0
     return [
-        (scale * torch.randn(IMAGES, channels, positions, device=device)).requires_grad_()
-        for channels in (width, width, WIDTH)
+        (scale * torch.randn(IMAGES, width, positions, device=device)).requires_grad_()
+        for width in widths.get(kind, (WIDTH, WIDTH, WIDTH))
     ]
 
 
@@ -60,66 +70,55 @@ def exponent(rows: list[dict[str, Any]]) -> float:
     return covariance / sum((x - mean_x) ** 2 for x, _ in points)
 
 
+def row(
+    kind: str, form: str, positions: int, run: Callable[[], object], device: torch.device
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    peak = peak_bytes(run, device)
+    once = time.perf_counter() - start
+    times = [once] if once > SLOW else seconds(run, device, budget=1.0)
+    found = spread(times)
+    return {
+        "kind": kind,
+        "form": form,
+        "positions": positions,
+        "ms": 1e3 * found["median"],
+        "ms_p25": 1e3 * found["p25"],
+        "ms_p75": 1e3 * found["p75"],
+        "runs": len(times),
+        "MiB": peak / 2**20,
+    }
+
+
 def measure(device: torch.device) -> list[dict[str, Any]]:
     rows = []
-    for kind, relation in KINDS.items():
-        sizes = (
-            GAUSSIAN_POSITIONS
-            if kind == "embedded_gaussian" and device.type == "cpu"
-            else POSITIONS
-        )
-        for positions in sizes:
+    for kind, (ours, matrix) in KINDS.items():
+        slow = kind.endswith("gaussian") and device.type == "cpu"
+        for positions in GAUSSIAN_POSITIONS if slow else POSITIONS:
             tensors = inputs(kind, positions, device)
             gradient = torch.randn(IMAGES, WIDTH, positions, device=device)
-            forms: dict[str, Callable[..., Tensor]] = {"featkd": relation}
+            run = both_ways(ours, tensors, gradient)
+            rows.append(row(kind, "featkd", positions, run, device))
             if positions <= MATRIX_POSITIONS:
-                forms["matrix"] = lambda *x, kind=kind: plain.relation(kind, *x)
-            for form, function in forms.items():
-                run = both_ways(function, tensors, gradient)
-                time = spread(seconds(run, device, budget=1.0))
-                rows.append(
-                    {
-                        "kind": kind,
-                        "form": form,
-                        "positions": positions,
-                        "ms": 1e3 * time["median"],
-                        "ms_p25": 1e3 * time["p25"],
-                        "ms_p75": 1e3 * time["p75"],
-                        "MiB": peak_bytes(run, device) / 2**20,
-                    }
-                )
-    if find_spec("mmcv") is not None:
-        rows += measure_mmcv(device)
-    return rows
+                run = both_ways(matrix, tensors, gradient)
+                rows.append(row(kind, "matrix", positions, run, device))
+    return rows + measure_mmcv(device) if find_spec("mmcv") is not None else rows
 
 
 def measure_mmcv(device: torch.device) -> list[dict[str, Any]]:
-    """`NonLocal2d` without its output convolution, and our block of the same kind, forward only."""
+    """mmcv's `NonLocal2d` and our block of the same kind, forward only."""
     from mmcv.cnn import NonLocal2d
 
     rows = []
     features = torch.randn(1, 2 * WIDTH, 32, 48, device=device)
-    for kind in ("dot_product", "concatenation"):
-        theirs = NonLocal2d(2 * WIDTH, reduction=2, mode=kind, use_scale=False).to(device)
-        ours = featkd.NonLocalRelation(2 * WIDTH, kind=kind, residual=True).to(device)
-        for form, block in (("featkd block, forward", ours), ("mmcv block, forward", theirs)):
-
-            @torch.no_grad()
-            def run(block: torch.nn.Module = block) -> Tensor:
-                return block(features)
-
-            time = spread(seconds(run, device, budget=1.0))
-            rows.append(
-                {
-                    "kind": kind,
-                    "form": form,
-                    "positions": 32 * 48,
-                    "ms": 1e3 * time["median"],
-                    "ms_p25": 1e3 * time["p25"],
-                    "ms_p75": 1e3 * time["p75"],
-                    "MiB": peak_bytes(run, device) / 2**20,
-                }
-            )
+    for kind in ("dot_product", "concatenation", "embedded_gaussian", "gaussian"):
+        blocks = {
+            "featkd block, forward": featkd.NonLocalRelation(2 * WIDTH, kind=kind, residual=True),
+            "mmcv block, forward": NonLocal2d(2 * WIDTH, reduction=2, mode=kind, use_scale=False),
+        }
+        for form, block in blocks.items():
+            run = torch.no_grad()(partial(block.to(device), features))
+            rows.append(row(kind, form, 32 * 48, run, device))
     return rows
 
 

@@ -83,7 +83,7 @@ def measure(
                 "loss": partial(step, loss, [*loss.parameters(), *ours.values()], ours, theirs),
             },
             device,
-            rounds=7,
+            rounds=5,
         )
         plain = spread(times["plain step"])["median"]
         for part, values in times.items():
