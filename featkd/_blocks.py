@@ -57,6 +57,22 @@ def map_blocks(
     return results
 
 
+def product(features: Tensor, factors: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
+    """A gradient of `features`: the product of both `factors` of each block, in their dtype."""
+    first, *others = channel_blocks(features)
+    a, b = factors(first)
+    if not others:
+        return (a * b).to(features.dtype)
+    if torch._C._functorch.is_legacy_batchedtensor(b):  # `is_grads_batched`: no `out=` there
+        a, b = factors(slice(None))
+        return (a * b).to(features.dtype)
+    result = torch.empty_like(features)
+    torch.mul(a, b, out=result[:, first])
+    for block in others:
+        torch.mul(*factors(block), out=result[:, block])
+    return result
+
+
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """`x * factor` for a fresh `x`, which it may overwrite."""
     return x.mul_(factor) if _in_place() else x * factor

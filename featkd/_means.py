@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, map_blocks, takes_closed_form
+from ._blocks import channel_blocks, product, takes_closed_form
 from ._precision import compute_dtype
 
 Attention = Literal["both", "spatial", "channel"]
@@ -65,15 +65,14 @@ class _Means(torch.autograd.Function):
         slopes = {d: grad / _count(features, d) for d, grad in zip(ctx.dims, grads, strict=True)}
         spatial, channel = slopes.get(OVER_CHANNELS), slopes.get(OVER_POSITIONS)
 
-        def gradient(block: slice) -> tuple[Tensor]:
+        def factors(block: slice) -> tuple[Tensor, Tensor]:
             part = features[:, block]
             terms = [] if spatial is None else [spatial[:, None]]
             terms += [] if channel is None else [channel[:, block, None, None]]
             slope = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-            sign = part.sign() if ctx.absolute else torch.ones_like(part)
-            return ((sign * slope).to(part.dtype),)
+            return part.sign() if ctx.absolute else torch.ones_like(part), slope
 
-        return *map_blocks(features, gradient), None, None
+        return product(features, factors), None, None
 
 
 def _count(features: Tensor, dims: Dims) -> int:

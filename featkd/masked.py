@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ._blocks import channel_blocks, map_blocks, scaled, takes_closed_form
+from ._blocks import channel_blocks, product, scaled, takes_closed_form
 from ._checks import (
     require_choice,
     require_feature_pair,
@@ -143,12 +143,12 @@ class _MaskedNorm(torch.autograd.Function):
             if channel_mask is not None:
                 by_channel = by_channel * channel_mask.to(norm.dtype)
 
-            def of_block(block: slice) -> tuple[Tensor]:
+            def factors(block: slice) -> tuple[Tensor, Tensor]:
                 part = difference(block)
                 part = part if weight is None else scaled(part, weight)
-                return ((part * by_channel[:, block, None, None]).to(features.dtype),)
+                return part, by_channel[:, block, None, None]
 
-            return map_blocks(features, of_block)[0]
+            return product(features, factors)
 
         to_student = to_teacher = to_spatial = to_channel = None
         if ctx.needs_input_grad[0]:
