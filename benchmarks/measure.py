@@ -13,6 +13,7 @@ import torch
 
 import featkd
 
+DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -81,18 +82,22 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": head.stdout.strip(),
+        "commit": output_of("git", "rev-parse", "HEAD"),
         "featkd": featkd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": gpu or processor(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if gpu else None,
+        "driver": output_of(*DRIVER) if gpu else None,
     }
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
