@@ -1,0 +1,95 @@
+"""The norm of eq. (2): the L2 distance of two feature maps under both masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._blocks import channel_blocks, product, scaled, takes_closed_form
+from ._precision import compute_dtype
+
+
+def masked_norm(
+    student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+) -> Tensor:
+    """Eq. (2) per image, `(B,)`."""
+    if takes_closed_form():
+        result: Tensor = _MaskedNorm.apply(student, teacher, spatial_mask, channel_mask)
+        return result
+    dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+    square = _weigh((student.to(dtype) - teacher.to(dtype)).square(), spatial_mask, channel_mask)
+    energy = square.sum((1, 2, 3))
+    # The square root's gradient at 0 is infinite: take it of 1 there and return 0.
+    zero = energy == 0
+    return torch.where(zero, energy, torch.where(zero, torch.ones_like(energy), energy).sqrt())
+
+
+def _weigh(x: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None) -> Tensor:
+    """`x * M_s * M_c` for `x` of shape (B, C, H, W), in `x`'s dtype."""
+    if spatial_mask is not None:
+        x = x * spatial_mask.to(x.dtype)[:, None]
+    if channel_mask is not None:
+        x = x * channel_mask.to(x.dtype)[:, :, None, None]
+    return x
+
+
+class _MaskedNorm(torch.autograd.Function):
+    """Eq. (2) with its gradient in closed form, M_s M_c (S - T) / L; saves inputs and L alone."""
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+    ) -> Tensor:
+        dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+        weight = None if spatial_mask is None else spatial_mask.to(dtype)[:, None]
+        energies = []
+        for block in channel_blocks(teacher):
+            square = (student[:, block].to(dtype) - teacher[:, block].to(dtype)).square_()
+            square = square if weight is None else square.mul_(weight)
+            energies.append(square.sum((2, 3)))
+        energy = torch.cat(energies, 1)
+        if channel_mask is not None:
+            energy = energy * channel_mask.to(dtype)
+        return energy.sum(1).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, spatial_mask, channel_mask, norm = ctx.saved_tensors
+        zero = norm == 0
+        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))
+        weight = None if spatial_mask is None else spatial_mask.to(norm.dtype)[:, None]
+
+        def difference(block: slice) -> Tensor:
+            result: Tensor = student[:, block].to(norm.dtype) - teacher[:, block].to(norm.dtype)
+            return result
+
+        def gradient(features: Tensor, sign: int) -> Tensor:
+            by_channel = (sign * slope)[:, None].expand(features.shape[:2])
+            if channel_mask is not None:
+                by_channel = by_channel * channel_mask.to(norm.dtype)
+
+            def factors(block: slice) -> tuple[Tensor, Tensor]:
+                part = difference(block)
+                part = part if weight is None else scaled(part, weight)
+                return part, by_channel[:, block, None, None]
+
+            return product(features, factors)
+
+        to_student = to_teacher = to_spatial = to_channel = None
+        if ctx.needs_input_grad[0]:
+            to_student = gradient(student, 1)
+        if ctx.needs_input_grad[1]:
+            to_teacher = gradient(teacher, -1)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
+            if ctx.needs_input_grad[2]:
+                to_spatial = _weigh(square, None, channel_mask).sum(1).to(spatial_mask.dtype)
+            if ctx.needs_input_grad[3]:
+                to_channel = _weigh(square, spatial_mask, None).sum((2, 3)).to(channel_mask.dtype)
+        return to_student, to_teacher, to_spatial, to_channel
