@@ -1,0 +1,186 @@
+"""The examples of a distiller in other people's training code, run as a person starts them."""
+
+import importlib
+import io
+import math
+import re
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import featkd
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STEPS = 3
+# What each is started with beside the steps, and the checkpoint that it leaves.
+CHECKPOINTS = {
+    "plain_loop": (["--checkpoint", "plain.pt"], "plain.pt"),
+    "lightning_module": (["--checkpoint", "lightning.ckpt"], "lightning.ckpt"),
+    "hf_trainer": (["--output", "hf"], f"hf/checkpoint-{STEPS}/model.safetensors"),
+    "torchvision_reference": (["--output-dir", "."], "model_0.pth"),
+}
+DISTILLATION = {"attention_transfer", "attention_masked", "non_local"}
+
+pytestmark = [
+    # Lightning walks its loaders by a class that newer versions of torch call deprecated.
+    pytest.mark.filterwarnings(
+        r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
+    ),
+    # Lightning advises more workers on a machine with more cores.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*:UserWarning"),
+    # Hugging Face's Trainer asks for pinned memory where there is no GPU, too.
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+
+
+@dataclass
+class Run:
+    """One example from start to end."""
+
+    name: str
+    folder: Path
+    output: str
+    start: featkd.Distiller
+    end: featkd.Distiller
+    teacher_calls: int
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        file = self.folder / CHECKPOINTS[self.name][1]
+        match self.name:
+            case "plain_loop":
+                return torch.load(file)["distiller"]
+            case "lightning_module":
+                state = torch.load(file)["state_dict"]
+                return {key.removeprefix("distiller."): value for key, value in state.items()}
+            case "hf_trainer":
+                return load_file(file)
+        return torch.load(file)["model"]
+
+
+def start(name: str, folder: Path, *arguments: str) -> Run:
+    """Runs the example in `folder`, and counts the calls of the part of the teacher that runs."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(EXAMPLES))
+        torch.set_num_threads(1)
+        example = importlib.import_module(name)
+        build = example.build_distiller
+
+        def build_and_count(*options: object) -> featkd.Distiller:
+            distiller = build(*options)
+            part = distiller.teacher.get_submodule(distiller.shared_input[1])
+            part.register_forward_hook(lambda *_: calls.append(name))
+            return distiller
+
+        torch.manual_seed(0)
+        before = build()
+        patch.setattr(example, "build_distiller", build_and_count)
+        with redirect_stdout(io.StringIO()) as output:
+            after = example.main(list(arguments))
+    return Run(name, folder, output.getvalue(), before, after.cpu(), len(calls))
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    options, _ = CHECKPOINTS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return start(request.param, folder, "--steps", str(STEPS), *options)
+
+
+def unmoved(before: nn.Module, after: nn.Module) -> list[str]:
+    ended = dict(after.named_parameters())
+    return [name for name, value in before.named_parameters() if torch.equal(value, ended[name])]
+
+
+def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> set[str]:
+    """The keys that one has alone or that hold other values."""
+    both = ours.keys() & expected.keys()
+    return (ours.keys() ^ expected.keys()) | {
+        key for key in both if not torch.equal(ours[key].cpu(), expected[key].cpu())
+    }
+
+
+def printed_losses(output: str) -> list[dict[str, float]]:
+    """The losses by name of each training step."""
+    steps = [line for line in output.splitlines() if "attention_masked" in line]
+    number = re.compile(r"(\w+) (-?\d+\.\d+|nan|-?inf)\b")
+    return [{name: float(value) for name, value in number.findall(line)} for line in steps]
+
+
+def test_every_parameter_of_the_student_and_of_the_adapters_moves(run: Run) -> None:
+    assert unmoved(run.start, run.end) == []
+
+
+def test_the_teacher_stays_bit_equal_and_without_gradients(run: Run) -> None:
+    teacher = run.end.teacher
+    assert differences(teacher.cpu().state_dict(), run.start.teacher.state_dict()) == set()
+    assert all(value.grad is None for value in teacher.parameters())
+
+
+def test_the_teacher_runs_in_training_and_not_in_evaluation(run: Run) -> None:
+    assert run.teacher_calls == STEPS
+    assert re.search("^(map|eval)", run.output, re.MULTILINE)
+
+
+def test_each_step_prints_finite_losses_of_detector_and_distillation(run: Run) -> None:
+    steps = printed_losses(run.output)
+    assert len(steps) == STEPS
+    for losses in steps:
+        assert losses.keys() > DISTILLATION
+        assert losses["attention_masked"] > 0
+        assert all(map(math.isfinite, losses.values()))
+
+
+def test_the_checkpoint_holds_student_and_adapters_alone(run: Run) -> None:
+    checkpoint = run.checkpoint()
+    assert differences(checkpoint, run.end.state_dict()) == set()
+    assert {key.partition(".")[0] for key in checkpoint} == {"student", "loss"}
+
+
+def test_nothing_is_written_that_was_not_asked_for(run: Run) -> None:
+    asked = Path(CHECKPOINTS[run.name][1]).parts[0]
+    assert {path.name for path in run.folder.iterdir()} == {asked}
+
+
+def test_the_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    first = start("plain_loop", tmp_path, "--steps", "2", "--checkpoint", "plain.pt")
+    second = start("plain_loop", tmp_path, "--steps", "0", "--checkpoint", "plain.pt")
+    assert differences(second.end.state_dict(), first.end.state_dict()) == set()
+    third = start("plain_loop", tmp_path, "--steps", "1", "--checkpoint", "plain.pt")
+    assert unmoved(first.end, third.end) == []
+    state = torch.load(tmp_path / "plain.pt")["optimizer"]["state"]
+    assert {int(value["step"]) for value in state.values()} == {3}
+
+
+def test_lightning_moves_the_teacher_in_on_fit_start_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("lightning_module").DistilledDetector().to("meta")
+    teacher = module.distiller.teacher
+    assert next(teacher.parameters()).device.type == "cpu"
+    module.on_fit_start()
+    assert {value.device.type for value in teacher.parameters()} == {"meta"}
+
+
+def test_the_saved_student_of_the_hf_trainer_loads_as_any_rt_detr(tmp_path: Path) -> None:
+    from transformers import RTDetrForObjectDetection
+
+    run = start("hf_trainer", tmp_path, "--steps", "1", "--output", "hf")
+    student = RTDetrForObjectDetection.from_pretrained(tmp_path / "hf/student")
+    assert differences(student.state_dict(), run.end.student.state_dict()) == set()
+
+
+def test_the_torchvision_script_trains_under_amp(tmp_path: Path) -> None:
+    run = start("torchvision_reference", tmp_path, "--epochs", "2", "--steps", "2", "--amp")
+    assert unmoved(run.start, run.end) == []
+    losses = printed_losses(run.output)
+    assert len(losses) == 4
+    assert all(math.isfinite(value) for step in losses for value in step.values())
+    assert list(tmp_path.iterdir()) == []
