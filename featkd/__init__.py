@@ -23,9 +23,11 @@ from .hyperparameters import (
     TWO_STAGE,
     Hyperparameters,
 )
+from .layouts import from_channels_last, from_tokens
 from .masked import AttentionMaskedLoss
 from .matching import Layer, LayerMatch, match_layers
 from .non_local import NonLocalLoss, NonLocalRelation
+from .report import Report
 from .taps import FeatureTap
 from .transfer import AttentionTransferLoss
 
@@ -49,6 +51,7 @@ __all__ = [
     "LayerMatch",
     "NonLocalLoss",
     "NonLocalRelation",
+    "Report",
     "SpatialAttention",
     "attention_mask",
     "attention_masked_loss",
@@ -57,6 +60,8 @@ __all__ = [
     "concatenation_relation",
     "dot_product_relation",
     "embedded_gaussian_relation",
+    "from_channels_last",
+    "from_tokens",
     "gaussian_relation",
     "match_layers",
     "non_local_loss",

@@ -21,6 +21,20 @@ class Store:
         self.thread: int | None = None
         # Alias -> (tensor, its version at the capture, None where it cannot have changed).
         self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
+        # How often each alias is captured before the forward is left; None: it runs to its end.
+        self.wanted: Mapping[str, int] | None = None
+
+    def leave_if_complete(self) -> None:
+        wanted = self.wanted or {}
+        if all(len(self.captured.get(alias, ())) >= calls for alias, calls in wanted.items()):
+            raise ForwardLeft(self)
+
+
+class ForwardLeft(BaseException):
+    """Ends a forward at the last capture wanted; see `left_early`, which catches it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
 
 class _Hook:
@@ -73,6 +87,8 @@ class _Hook:
             tracked = not torch.compiler.is_compiling() and not value.is_inference()
             version = value._version if tracked else None
             store.captured.setdefault(self.alias, []).append((value, version))
+        if not torch.compiler.is_compiling() and store.wanted is not None:
+            store.leave_if_complete()
 
 
 class OutputHook(_Hook):

@@ -73,3 +73,14 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
             f"got {wanted!r}{hint}."
         )
     return module, match["input"] is not None, keys
+
+
+def pair_of(name: str, path: object) -> tuple[str, str]:
+    """A path in both models, or one each."""
+    if isinstance(path, str):
+        return path, path
+    if isinstance(path, tuple | list) and len(path) == 2 and all(isinstance(p, str) for p in path):
+        return path[0], path[1]
+    raise TypeError(
+        f"`{name}` must be a path or a (student path, teacher path) pair, got {path!r}."
+    )

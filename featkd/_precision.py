@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,4 +20,6 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def full_precision(tensor: Tensor) -> Any:
     """A context in which matrix products and convolutions on `tensor`'s device are not autocast."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    # The meta device has no autocast.
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -20,10 +20,13 @@ class Call:
     path: str
     taken_in: list[Shape]
     put_out: list[Shape] = field(default_factory=list)
+    channels_last: bool = False
     inner: list[Call] = field(default_factory=list)
 
 
-def trace(model: nn.Module, example_inputs: tuple[Any, ...], ended: list[Call]) -> Call:
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ended: list[Call]
+) -> Call:
     """The calls, nested; `ended` takes them in the order of ending."""
     root = Call("", [])
     stack = [root]
@@ -31,13 +34,13 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], ended: list[Call]) 
     for path, module in model.named_modules():
 
         def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            call = Call(path, list(_maps((args, kwargs))))
+            call = Call(path, list(maps_in((args, kwargs))))
             stack[-1].inner.append(call)
             stack.append(call)
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             call = stack.pop()
-            call.put_out = list(_maps(output))
+            call.put_out = list(maps_in(output))
             ended.append(call)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -45,7 +48,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], ended: list[Call]) 
     training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
-            model.eval()(*example_inputs)
+            model.eval()(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -54,16 +57,17 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], ended: list[Call]) 
     return root
 
 
-def _maps(value: Any) -> Iterator[Shape]:
+def maps_in(value: Any) -> Iterator[Shape]:
+    """The shapes of the feature maps and images in a structure."""
     if isinstance(value, Tensor):
         if value.dim() == 4 and value.is_floating_point() and 0 not in value.shape:
             images, channels, height, width = value.shape
             yield images, channels, height, width
     elif isinstance(value, Mapping):
-        yield from _maps(tuple(value.values()))
+        yield from maps_in(tuple(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _maps(item)
+            yield from maps_in(item)
 
 
 def stride_of(shape: Shape, pixels: Shape) -> float:
@@ -111,7 +115,30 @@ def first_maps(call: Call) -> Iterator[Shape]:
         yield from first_maps(inner)
 
 
-def is_map_of(pixels: Shape, shape: Shape) -> bool:
-    """Of the same batch, and shrunk alike both ways up to the rounding of small maps."""
-    across, down = pixels[3] / shape[3], pixels[2] / shape[2]
-    return shape[0] == pixels[0] and 0.6 < across / down < 1.7
+def read_maps(ended: list[Call], pixels: Shape) -> None:
+    """Leaves the calls what are maps of the image, with the channels in front."""
+    for call in ended:
+        call.taken_in = [shape for shape, _ in _readings(call.taken_in, pixels)]
+        put_out = list(_readings(call.put_out, pixels))
+        call.put_out = [shape for shape, _ in put_out]
+        call.channels_last = any(channels_last for _, channels_last in put_out)
+
+
+def _readings(shapes: list[Shape], pixels: Shape) -> Iterator[tuple[Shape, bool]]:
+    """The shapes as `(B, C, H, W)`, and whether they were `(B, H, W, C)`: only if nothing else."""
+    for shape in shapes:
+        images, height, width, channels = shape
+        if _is_map_of(pixels, shape):
+            yield shape, False
+        elif _is_map_of(pixels, (images, channels, height, width)):
+            yield (images, channels, height, width), True
+
+
+def _is_map_of(pixels: Shape, shape: Shape) -> bool:
+    """Of the same batch, and shrunk by one stride both ways.
+
+    Strided layers with and without padding leave from H/stride - 2 to H/stride + 1 positions.
+    """
+    least = max(pixels[side] / (shape[side] + 2) for side in (2, 3))
+    most = min(pixels[side] / max(shape[side] - 1, 1e-9) for side in (2, 3))
+    return shape[0] == pixels[0] and least < most

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import require_callable
-from ._paths import resolve
+from ._checks import require_callable, require_flag
+from ._early_stop import left_early
+from ._paths import pair_of, resolve
 from .distillation import FeatureDistillationLoss
+from .layouts import Convert, converts_by_side
+from .report import Report, Step, introduce, make_report
 from .taps import FeatureTap
 
 
@@ -21,7 +24,8 @@ class Distiller(nn.Module):
     The student and the loss (with its adapters) are children: wrap, compile and optimize the
     distiller. The teacher is no child: it is not in `parameters()`, `state_dict()`, `train()` or
     `to()`; it runs under `no_grad`, in `eval` mode, at every step, on the device and in the dtype
-    where you put it.
+    where you put it. The first training step in eager mode logs the levels (`logging.INFO`) and
+    what :meth:`report` would warn of (`logging.WARNING`) on the logger `featkd`.
 
     Args:
         student: the model to train.
@@ -36,6 +40,13 @@ class Distiller(nn.Module):
             torchvision's): called with the same images, the teacher would see other pixels.
         teacher_forward: `teacher_forward(teacher, *args, **kwargs)` replaces the teacher's call.
             With neither, the teacher is called as the student is.
+        early_stop: leave the teacher's forward with the last capture, for teachers without such a
+            seam: what lies behind the last tap does not run, hooks and the model's own counters
+            included (not for a sharded teacher), and a tapped module that would run a second time
+            there is not noticed. Compiled code is not left before its end.
+        convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
+            captured, or to a (student's, teacher's) pair of functions, `None` for what is one:
+            `{"c4": (None, functools.partial(featkd.from_tokens, size=(14, 14), prefix=1))}`.
 
     Returns (forward):
         `(output, losses)`. To validate, call `distiller.student`: the teacher does not run.
@@ -67,6 +78,8 @@ class Distiller(nn.Module):
         *,
         shared_input: str | tuple[str, str] | None = None,
         teacher_forward: Callable[..., object] | None = None,
+        early_stop: bool = False,
+        convert: Mapping[str, Convert | tuple[Convert | None, Convert | None]] | None = None,
     ) -> None:
         super().__init__()
         for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
@@ -78,12 +91,13 @@ class Distiller(nn.Module):
             found = type(layers).__name__
             raise TypeError(f"`layers` must be a mapping from level to path, got {found}.")
         require_callable("teacher_forward", teacher_forward)
+        require_flag("early_stop", early_stop)
         if shared_input is not None and teacher_forward is not None:
             raise ValueError(
                 "`shared_input` must be None where `teacher_forward` is given, "
                 f"got {shared_input!r}."
             )
-        pairs = {level: _pair(f"layers[{level!r}]", path) for level, path in layers.items()}
+        pairs = {level: pair_of(f"layers[{level!r}]", path) for level, path in layers.items()}
         if isinstance(loss, FeatureDistillationLoss):
             fits = len(pairs) == 1 if loss.single else set(pairs) == set(loss.levels)
             if not fits:
@@ -97,12 +111,21 @@ class Distiller(nn.Module):
         # train() and to().
         self._teacher = (teacher, teacher)
         self.teacher_forward = teacher_forward
-        self._student_tap = FeatureTap(student, {level: pair[0] for level, pair in pairs.items()})
-        self._teacher_tap = FeatureTap(teacher, {level: pair[1] for level, pair in pairs.items()})
+        self.early_stop = early_stop
+        self._introduced = False
+        converts = converts_by_side(convert, pairs)
+        self._student_tap, self._teacher_tap = (
+            FeatureTap(
+                model,
+                {level: pair[side] for level, pair in pairs.items()},
+                convert=converts[side],
+            )
+            for side, model in enumerate((student, teacher))
+        )
         self._input_tap: FeatureTap | None = None
         self.shared_input: tuple[str, str] | None = None
         if shared_input is not None:
-            self.shared_input = _pair("shared_input", shared_input)
+            self.shared_input = pair_of("shared_input", shared_input)
             source, target = self.shared_input
             resolve(student, source, "shared_input")
             self._input_tap = FeatureTap(student, {"shared_input": f"{source}:input"})
@@ -134,12 +157,55 @@ class Distiller(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        step = self._step(args, kwargs)
+        if not torch.compiler.is_compiling() and self.training and not self._introduced:
+            self._introduced = True
+            introduce(self, step)
+        return step.output, step.losses
+
+    def report(
+        self, *args: Any, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
+    ) -> Report:
+        """Runs one trial step and says what is tapped and what each term contributes.
+
+        Call it as the distiller itself, in training mode and before DDP or FSDP; no gradient,
+        buffer, mode or random number is changed. The detector's loss is known where the student's
+        output is a mapping of scalars, has a `.loss` or is a scalar. The gradients are those of the
+        student's parameters, one backward a term (which reentrant checkpointing refuses).
+
+        Args:
+            args, kwargs: a batch, as for the distiller.
+            optimizer: to be checked for the parameters that the loss trains. Warns of those that it
+                does not hold, and of terms 100 times larger or smaller than the detector's loss.
+
+        Returns:
+            :class:`featkd.Report`; printed, a table.
+
+        Raises:
+            TypeError: `optimizer` has no `param_groups`.
+
+        Example:
+            >>> import torch
+            >>> from featkd import NORMALIZED, FeatureDistillationLoss
+            >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Tanh())
+            >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Tanh())
+            >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=NORMALIZED)
+            >>> distiller = Distiller(student, teacher, loss, {"c1": "0"})
+            >>> report = distiller.report(torch.randn(2, 3, 16, 16))
+            >>> report.levels[0].student_stride, report.levels[0].adapter_parameters
+            (2.0, 144)
+        """
+        return make_report(self, args, kwargs, optimizer)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        shared = None
         if self._input_tap is None:
             with self._student_tap:
                 output = self.student(*args, **kwargs)
         else:
             with self._student_tap, self._input_tap:
                 output = self.student(*args, **kwargs)
+            shared = self._input_tap.pop()["shared_input"]
         student_features = self._student_tap.pop()
         for level, features in student_features.items():
             if torch.is_grad_enabled() and not features.requires_grad:
@@ -147,37 +213,41 @@ class Distiller(nn.Module):
                     f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
                     "unfreeze it, or leave this level out of `layers` and `loss`."
                 )
-        teacher_features = self._teacher_features(args, kwargs)
+        teacher_features = self._teacher_features(args, kwargs, shared)
         for level, features in teacher_features.items():
             teacher_features[level] = features.to(student_features[level].device)
         if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:
             (level,) = student_features
-            return output, self.loss(student_features[level], teacher_features[level])
-        return output, self.loss(student_features, teacher_features)
+            losses = self.loss(student_features[level], teacher_features[level])
+        else:
+            losses = self.loss(student_features, teacher_features)
+        inputs = (args, kwargs) if shared is None else shared
+        return Step(output, losses, student_features, teacher_features, inputs)
 
     @torch.no_grad()
-    def _teacher_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def _teacher_features(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None
+    ) -> dict[str, Tensor]:
         teacher = self.teacher
         if any(module.training for module in teacher.modules()):
             teacher.eval()
         with self._teacher_tap:
-            if self.shared_input is not None and self._input_tap is not None:
-                shared = self._input_tap.pop()["shared_input"]
-                weight = next(teacher.parameters(), shared)
-                self._teacher[1](shared.to(weight.device, weight.dtype))
-            elif self.teacher_forward is not None:
-                self.teacher_forward(teacher, *args, **kwargs)
+            # Raising inside a compiled graph would break it.
+            if self.early_stop and not torch.compiler.is_compiling():
+                with left_early(self._teacher_tap):
+                    self._call_teacher(args, kwargs, shared)
             else:
-                teacher(*args, **kwargs)
+                self._call_teacher(args, kwargs, shared)
         return self._teacher_tap.pop()
 
-
-def _pair(name: str, path: object) -> tuple[str, str]:
-    """A path in both models, or one each."""
-    if isinstance(path, str):
-        return path, path
-    if isinstance(path, tuple | list) and len(path) == 2 and all(isinstance(p, str) for p in path):
-        return path[0], path[1]
-    raise TypeError(
-        f"`{name}` must be a path or a (student path, teacher path) pair, got {path!r}."
-    )
+    def _call_teacher(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None
+    ) -> None:
+        teacher, part = self._teacher
+        if shared is not None:
+            weight = next(teacher.parameters(), shared)
+            part(shared.to(weight.device, weight.dtype))
+        elif self.teacher_forward is not None:
+            self.teacher_forward(teacher, *args, **kwargs)
+        else:
+            teacher(*args, **kwargs)

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from ._trace import Call, Shape, first_maps, is_map_of, stride_of, trace, trunk
+from ._text import table, times
+from ._trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
+from .layouts import Convert, from_channels_last
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose output is one feature map, `(B, C, H, W)`."""
+    """A module whose output is one feature map, `(B, C, H, W)` in `shape`."""
 
     path: str
     shape: Shape
     stride: float
     stage: bool
     """The last and outermost module at its stride within the backbone."""
+    channels_last: bool = False
+    """Whether the module puts the map out as `(B, H, W, C)`."""
 
     @property
     def channels(self) -> int:
         return self.shape[1]
+
+    @property
+    def convert(self) -> Convert | None:
+        return from_channels_last if self.channels_last else None
+
+    @property
+    def _printed_shape(self) -> str:
+        images, channels, height, width = self.shape
+        if self.channels_last:
+            return f"{times((images, height, width, channels))} (B, H, W, C)"
+        return times(self.shape)
 
 
 @dataclass(frozen=True)
 class LayerMatch:
     """Both models' tappable layers, in the order they run, and the stages paired by stride.
 
-    Printed, it is a table. `layers`, `student_channels` and `teacher_channels` are what
+    Printed, it is a table. `layers`, `convert`, `student_channels` and `teacher_channels` are what
     :class:`featkd.Distiller` and :class:`featkd.FeatureDistillationLoss` take.
     """
 
@@ -43,6 +58,14 @@ class LayerMatch:
     @property
     def layers(self) -> dict[str, tuple[str, str]]:
         return {level: (ours.path, theirs.path) for level, (ours, theirs) in self.pairs.items()}
+
+    @property
+    def convert(self) -> dict[str, tuple[Convert | None, Convert | None]]:
+        """The levels that a model puts out channels-last; empty where there are none."""
+        functions = {
+            level: (ours.convert, theirs.convert) for level, (ours, theirs) in self.pairs.items()
+        }
+        return {level: pair for level, pair in functions.items() if any(pair)}
 
     @property
     def student_channels(self) -> dict[str, int]:
@@ -63,10 +86,9 @@ class LayerMatch:
         rows = [("level", "stride", "student", "shape", "teacher", "shape")]
         for level, (ours, theirs) in self.pairs.items():
             stride = f"{ours.stride:g}"
-            rows.append(
-                (level, stride, ours.path, _times(ours.shape), theirs.path, _times(theirs.shape))
-            )
-        paired = _table(rows) if self.pairs else "No stages of one stride: choose pairs from these."
+            shapes = ours._printed_shape, theirs._printed_shape
+            rows.append((level, stride, ours.path, shapes[0], theirs.path, shapes[1]))
+        paired = table(rows) if self.pairs else "No stages of one stride: choose pairs from these."
         student = _listing("student", self.student)
         return "\n\n".join((paired, student, _listing("teacher", self.teacher)))
 
@@ -77,36 +99,31 @@ def _listing(name: str, layers: tuple[Layer, ...]) -> str:
     shown = [layer for layer in layers if _depth(layer) <= deepest]
     rows: list[tuple[str, ...]] = [(f"{name}'s path", "shape", "stride", "channels")]
     for layer in shown:
-        rows.append((layer.path, _times(layer.shape), f"{layer.stride:g}", str(layer.channels)))
+        rows.append((layer.path, layer._printed_shape, f"{layer.stride:g}", str(layer.channels)))
     hidden = len(layers) - len(shown)
-    return _table(rows) + (f"\n({hidden} deeper layers in `.{name}`)" if hidden else "")
+    return table(rows) + (f"\n({hidden} deeper layers in `.{name}`)" if hidden else "")
 
 
-def _times(shape: Shape) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
-
-
-def match_layers(student: nn.Module, teacher: nn.Module, *example_inputs: Any) -> LayerMatch:
+def match_layers(
+    student: nn.Module, teacher: nn.Module, *example_inputs: Any, **example_kwargs: Any
+) -> LayerMatch:
     """Lists the layers of two models that can be tapped and pairs their stages by stride.
 
-    Both models are called once with `example_inputs`, in `eval` mode without gradients, and left as
+    Both models are called once with the example, in `eval` mode without gradients, and left as
     they were. A layer is listed if its module runs once and puts out one feature map; its stride is
-    the height of the first map that enters a module over its own (a map whose height and width do
-    not shrink alike, such as `(B, H, W, C)`, is none). The backbone is the sequence of
-    modules that keep or halve their map, each one step whatever is inside; it ends where the stride
-    falls or where several maps go in or come out. A stage is the last step at its stride, the
-    outermost module of those that end with it. Only strides that both models have are paired;
-    nothing is paired by index.
+    the height of the first map that enters a module over its own. A map is what shrinks alike in
+    height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits (height and
+    width that differ in the example tell the two apart); see `.convert` of the result. Tokens
+    `(B, N, C)` are not listed, as their H x W is not known: see :func:`featkd.from_tokens`.
+
+    The backbone is the sequence of modules that keep or halve their map, each one step whatever is
+    inside; it ends where the stride falls or where several maps go in or come out. A stage is the
+    last step at its stride, the outermost module of those that end with it. Only strides that both
+    models have are paired; nothing is paired by index.
 
     Args:
         student, teacher: the models.
-        example_inputs: positional arguments for both; a batch of the size to be trained on.
+        example_inputs, example_kwargs: arguments for both; a batch of the size to be trained on.
 
     Returns:
         :class:`LayerMatch`; levels are named by their stride, `"c3"` for 8 = 2^3 (the field's name)
@@ -123,8 +140,8 @@ def match_layers(student: nn.Module, teacher: nn.Module, *example_inputs: Any) -
         >>> match_layers(small, large, torch.zeros(1, 3, 8, 8)).layers
         {'c1': ('1', '1')}
     """
-    ours = _tappable("student", student, example_inputs)
-    theirs = _tappable("teacher", teacher, example_inputs)
+    ours = _tappable("student", student, example_inputs, example_kwargs)
+    theirs = _tappable("teacher", teacher, example_inputs, example_kwargs)
     stages = {layer.stride: layer for layer in theirs if layer.stage}
     pairs = {
         _level_name(layer.stride): (layer, stages[layer.stride])
@@ -139,15 +156,15 @@ def _level_name(stride: float) -> str:
     return f"c{exponent:g}" if exponent == int(exponent) else f"stride{stride:g}"
 
 
-def _tappable(name: str, model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Layer, ...]:
+def _tappable(
+    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Layer, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
-    root = trace(model, example_inputs, ended)
+    root = trace(model, args, kwargs, ended)
     pixels = next(first_maps(root), (0, 0, 0, 0))
-    for call in ended:
-        call.taken_in = [shape for shape in call.taken_in if is_map_of(pixels, shape)]
-        call.put_out = [shape for shape in call.put_out if is_map_of(pixels, shape)]
+    read_maps(ended, pixels)
     runs = Counter(call.path for call in ended)
     stages = {}
     for call in trunk(root, pixels):
@@ -158,7 +175,7 @@ def _tappable(name: str, model: nn.Module, example_inputs: tuple[Any, ...]) -> t
         if call.path and len(call.put_out) == 1 and runs[call.path] == 1:
             stride = stride_of(call.put_out[0], pixels)
             stage = stride > 1 and stages.get(stride) == call.path
-            layers.append(Layer(call.path, call.put_out[0], stride, stage))
+            layers.append(Layer(call.path, call.put_out[0], stride, stage, call.channels_last))
     if not layers:
         raise ValueError(f"`{name}` must have a module that puts out a feature map, got none.")
     return tuple(layers)

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from ._checks import require_count, require_flag
 from ._hooks import InputHook, OutputHook, RootHook, Store
 from ._paths import innermost, resolve
+from .layouts import Convert
 
 Layers = Sequence[str] | Mapping[str, str]
+T = TypeVar("T")
 
 
 class FeatureTap:
@@ -40,6 +42,9 @@ class FeatureTap:
             in a compiled model.
         calls: how often each alias's module runs in one forward where that is not once; its
             captures are named `alias[0]`, `alias[1]`, ...
+        convert: for some aliases, a function that makes a feature map `(B, C, H, W)` of the capture
+            at :meth:`pop`: :func:`featkd.from_channels_last`, or
+            `functools.partial(featkd.from_tokens, size=(14, 14), prefix=1)`.
 
     Raises:
         TypeError: `model` is no module or is an `nn.DataParallel`, or `layers` not of its kind.
@@ -62,20 +67,21 @@ class FeatureTap:
         *,
         clone: bool = True,
         calls: Mapping[str, int] | None = None,
+        convert: Mapping[str, Convert] | None = None,
     ) -> None:
         self.model = model
         self.layers = require_layers(layers)
         self.clone = clone
         self.calls = dict.fromkeys(self.layers, 1)
         require_flag("clone", clone)
-        if not isinstance(calls, Mapping | None):
-            found = type(calls).__name__
-            raise TypeError(f"`calls` must be a mapping from alias to count, got {found}.")
-        for alias, count in (calls or {}).items():
+        for alias, count in self._by_alias("calls", calls, "count").items():
             require_count(f"calls[{alias!r}]", count)
-            if alias not in self.calls:
-                raise ValueError(f"`calls` must name aliases of {list(self.calls)}, got {alias!r}.")
             self.calls[alias] = count
+        self.convert = self._by_alias("convert", convert, "function")
+        for alias, function in self.convert.items():
+            if not callable(function):
+                found = type(function).__name__
+                raise TypeError(f"`convert[{alias!r}]` must be callable, got {found}.")
         self._store = Store()
         self._outputs = set()
         root = innermost(model)
@@ -96,7 +102,7 @@ class FeatureTap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a tap taps the copy of its model.
-        return _rebuild, (self.model, self.layers, self.clone, self.calls)
+        return _rebuild, (self.model, self.layers, self.clone, self.calls, self.convert)
 
     def __enter__(self) -> FeatureTap:
         if self._store.armed:
@@ -134,12 +140,24 @@ class FeatureTap:
                 raise RuntimeError(self._miscount(alias, expected, len(found)))
             for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version, grad_enabled)
-                features[alias if expected == 1 else f"{alias}[{index}]"] = feature
+                name = alias if expected == 1 else f"{alias}[{index}]"
+                features[name] = self.convert.get(alias, _as_it_is)(feature)
         return features
 
     def remove(self) -> None:
         """Take the hooks off the model; the tap captures nothing any more."""
         self._finalizer()
+
+    def _by_alias(self, name: str, values: Mapping[str, T] | None, kind: str) -> dict[str, T]:
+        """An argument for some aliases, checked by kind and names."""
+        if not isinstance(values, Mapping | None):
+            found = type(values).__name__
+            raise TypeError(f"`{name}` must be a mapping from alias to {kind}, got {found}.")
+        for alias in values or {}:
+            if alias not in self.layers:
+                aliases = list(self.layers)
+                raise ValueError(f"`{name}` must name aliases of {aliases}, got {alias!r}.")
+        return dict(values or {})
 
     def _miscount(self, alias: str, expected: int, found: int) -> str:
         path = self.layers[alias]
@@ -193,9 +211,17 @@ def require_layers(layers: Layers) -> dict[str, str]:
 
 
 def _rebuild(
-    model: nn.Module, layers: dict[str, str], clone: bool, calls: dict[str, int]
+    model: nn.Module,
+    layers: dict[str, str],
+    clone: bool,
+    calls: dict[str, int],
+    convert: dict[str, Convert],
 ) -> FeatureTap:
-    return FeatureTap(model, layers, clone=clone, calls=calls)
+    return FeatureTap(model, layers, clone=clone, calls=calls, convert=convert)
+
+
+def _as_it_is(feature: Tensor) -> Tensor:
+    return feature
 
 
 def _remove_all(handles: Iterable[RemovableHandle]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from functools import partial
 
 import pytest
@@ -27,10 +28,12 @@ from models import (
     watch,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from featkd import Distiller
+from featkd import Distiller, FeatureTap, from_tokens
+from featkd._early_stop import left_early
 
 
 def make(student=4, teacher=6, **options):
@@ -149,6 +152,70 @@ def test_a_frozen_student_is_an_error():
     distiller = make()
     distiller.student.backbone.requires_grad_(False)
     raises(RuntimeError, lambda: distiller(images()), "'backbone.c1'")
+
+
+# --- other layouts --------------------------------------------------------------------------------
+
+
+class AsTokens(nn.Module):
+    def forward(self, maps):
+        tokens = maps.flatten(2).transpose(1, 2)
+        return torch.cat([tokens[:, :1], tokens], dim=1)
+
+
+class AsMaps(nn.Module):
+    def forward(self, tokens):
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (8, 12))
+
+
+class Tokens(Net):
+    """A `Net` whose first stage puts out a token that is no position's, then those that are."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        first, second = self.backbone
+        self.backbone.c1 = nn.Sequential(first, AsTokens())
+        self.backbone.c2 = nn.Sequential(AsMaps(), second)
+
+
+from_stage = partial(from_tokens, size=(8, 12), prefix=1)
+CONVERTS = {
+    "both": (Tokens, Tokens, from_stage),
+    "the student's": (Tokens, Net, (from_stage, None)),
+    "the teacher's": (Net, Tokens, (None, from_stage)),
+    "neither": (Net, Net, (None, None)),
+}
+
+
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+@pytest.mark.parametrize(("student", "teacher", "convert"), CONVERTS.values(), ids=CONVERTS)
+def test_tokens_are_converted_for_the_loss(student, teacher, convert, shared_input):
+    plain = make(shared_input=shared_input)
+    student, teacher = student(4), teacher(6)
+    for model, other in ((student, plain.student), (teacher, plain.teacher)):
+        values = other.state_dict().values()
+        model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
+    distiller = Distiller(
+        student,
+        teacher,
+        copy.deepcopy(plain.loss),
+        LEVELS,
+        shared_input=shared_input,
+        convert={"c1": convert},
+    )
+    gradients = []
+    for each in (distiller, copy.deepcopy(distiller), plain):
+        output, losses = each(images())
+        total = output.square().mean() + sum(losses.values())
+        trained = [value for value in each.parameters() if value.requires_grad]
+        gradients.append([total, *torch.autograd.grad(total, trained)])
+    for values in gradients[:2]:
+        for ours, expected in zip(values, gradients[2], strict=True):
+            close(ours, expected)
+
+
+def test_no_conversion_is_an_empty_mapping_too():
+    assert make(convert={})(images())[1].keys() == make()(images())[1].keys()
 
 
 # --- the teacher ----------------------------------------------------------------------------------
@@ -317,6 +384,273 @@ def test_with_neither_the_teacher_is_called_as_the_student_is():
     distiller(images(), scale=3)
     for given in inputs:
         close(given[0], 3 * images(), 0.0)
+
+
+# --- a teacher that is left early -----------------------------------------------------------------
+
+
+def call_teacher(teacher, batch):
+    return teacher(batch)
+
+
+CALLS = {
+    "as the student": {},
+    "shared input": {"shared_input": ""},
+    "teacher_forward": {"teacher_forward": call_teacher},
+}
+each_call = pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+
+
+def values(distiller, batch):
+    """The losses and their gradients."""
+    _, losses = distiller(batch)
+    trained = [value for value in distiller.parameters() if value.requires_grad]
+    total = sum(losses.values())
+    found = torch.autograd.grad(total, trained, allow_unused=True)
+    return [*losses.values(), *(value for value in found if value is not None)]
+
+
+@each_call
+def test_a_teacher_left_early_gives_what_a_whole_one_gives(options):
+    distiller = make(early_stop=True, **options)
+    whole = Distiller(
+        copy.deepcopy(distiller.student),
+        copy.deepcopy(distiller.teacher),
+        copy.deepcopy(distiller.loss),
+        LEVELS,
+        **options,
+    )
+    ours, theirs = Inputs(distiller.student.head), Inputs(distiller.teacher.head)
+    for seed in range(3):
+        batch = images(seed=seed)
+        for value, expected in zip(values(distiller, batch), values(whole, batch), strict=True):
+            close(value, expected, 0.0)
+    assert len(ours) == 3
+    assert not theirs
+
+
+def test_a_detector_left_early_runs_nothing_behind_its_last_tap():
+    layers = {"c3": "backbone.body.6", "c4": "backbone.body.12"}
+    student, teacher = detector("mobilenet").train(), detector("mobilenet").eval()
+    distiller = Distiller(student, teacher, Seen(), layers, early_stop=True)
+    behind = Inputs(teacher.backbone.body["13"])
+    distiller(detector_images(), detector_targets())
+    assert not behind
+    expected = plain_hooks(teacher, layers.values(), lambda: teacher(detector_images()))
+    for level, path in layers.items():
+        assert torch.equal(distiller.loss.teacher[level], expected[path])
+
+
+def is_at_rest(distiller):
+    store = distiller._teacher_tap._store
+    return not store.armed and store.wanted is None and not store.captured
+
+
+@each_call
+def test_nothing_stays_behind_a_teacher_left_early(options):
+    distiller = make(early_stop=True, **options)
+    distiller(images())
+    assert is_at_rest(distiller)
+    teacher = distiller.teacher
+    close(teacher(images()), copy.deepcopy(teacher)(images()), 0.0)
+    assert teacher(images()).requires_grad
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_exception_of_the_teacher_passes_through(error):
+    distiller = make(early_stop=True)
+    fails = distiller.teacher.backbone.c2.register_forward_pre_hook(partial(fail, error))
+    with pytest.raises(error, match="teacher"):
+        distiller(images())
+    assert is_at_rest(distiller)
+    assert torch.is_grad_enabled()
+    fails.remove()
+    distiller(images())
+
+
+def fail(error, module, args):
+    raise error("teacher")
+
+
+class SetsModes(Net):
+    """Sets torch's modes by function call, and sets them back at the end."""
+
+    def forward(self, batch):
+        before = torch.get_autocast_dtype("cpu")
+        torch.set_grad_enabled(True)
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.float16)
+        torch.set_autocast_cache_enabled(False)
+        output = super().forward(batch)
+        torch.set_autocast_cache_enabled(True)
+        torch.set_autocast_dtype("cpu", before)
+        torch.set_autocast_enabled("cpu", False)
+        torch.set_grad_enabled(False)
+        return output
+
+
+class SetsModesInside(Net):
+    def forward(self, batch):
+        with torch.enable_grad(), torch.autocast("cpu", torch.float16, cache_enabled=False):
+            return super().forward(batch)
+
+
+def modes():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+@pytest.mark.parametrize("teacher", [SetsModes, SetsModesInside])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_torchs_modes_are_as_before_whatever_the_teacher_set(teacher, gradients, autocast):
+    distiller = Distiller(Net(4), teacher(6), distillation_loss(), LEVELS, early_stop=True)
+    inside = Inputs(distiller.teacher.head)
+    with (
+        torch.set_grad_enabled(gradients),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        before = modes()
+        distiller(images())
+        assert modes() == before
+    assert not inside
+
+
+@pytest.mark.parametrize("path", ["backbone.c2.conv", "backbone.c2.norm"])
+def test_an_in_place_operation_behind_the_last_tap_changes_nothing(path):
+    layers = {"c1": "backbone.c1.norm", "c2": path}
+    teacher = Net(6)
+    distiller = Distiller(Net(4), teacher, Seen(), layers, early_stop=True)
+    distiller(images())
+    expected = plain_hooks(teacher, layers.values(), lambda: teacher(images()))
+    for level, their_path in layers.items():
+        close(distiller.loss.teacher[level], expected[their_path], 0.0)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_forward_is_left_with_the_last_call_that_is_expected(calls):
+    head, rest = nn.Identity(), nn.Identity()
+    runs = Inputs(head), Inputs(rest)
+    model = nn.ModuleDict({"head": head, "rest": rest})
+
+    def run():
+        for _ in range(3):
+            head(images())
+        rest(images())
+
+    tap = FeatureTap(model, {"p": "head"}, calls={"p": calls})
+    with tap:
+        with left_early(tap):
+            run()
+        assert len(tap.pop()) == calls
+    assert [len(inputs) for inputs in runs] == [calls, 0]
+
+
+def test_a_forward_is_left_for_the_tap_that_has_it_all():
+    model = Net()
+    outer, inner = FeatureTap(model, ["backbone.c1"]), FeatureTap(model, ["backbone.c2"])
+    with outer, left_early(outer):
+        with inner, left_early(inner):
+            model(images())
+        pytest.fail("the inner context took the outer's")
+    assert outer.pop().keys() == {"backbone.c1"}
+    raises(RuntimeError, inner.pop, "got 0")
+
+
+class RunsTwice(Net):
+    def forward(self, batch):
+        self.backbone.c1(batch)
+        return super().forward(batch)
+
+
+def test_a_tap_that_ran_too_often_before_the_last_one_is_an_error():
+    distiller = Distiller(Net(4), RunsTwice(6), distillation_loss(), LEVELS, early_stop=True)
+    raises(RuntimeError, lambda: distiller(images()), "'backbone.c1'", "got 2")
+    assert is_at_rest(distiller)
+
+
+class Guarded(Net):
+    """Goes on after any error of its backbone."""
+
+    def forward(self, batch):
+        try:
+            return super().forward(batch)
+        except Exception:
+            return self.head(batch.new_zeros(1, 12, 2, 2))
+
+
+def test_no_teacher_takes_the_early_end_for_an_error():
+    distiller = Distiller(Net(4), Guarded(6), distillation_loss(), LEVELS, early_stop=True)
+    inside = Inputs(distiller.teacher.head)
+    distiller(images())
+    assert not inside
+
+
+def test_the_copy_of_a_distiller_leaves_its_own_teacher_early():
+    distiller = make(early_stop=True)
+    duplicate = copy.deepcopy(distiller)
+    heads = Inputs(distiller.teacher.head), Inputs(duplicate.teacher.head)
+    duplicate(images())
+    distiller(images())
+    assert not any(heads)
+
+
+def test_two_threads_leave_one_teacher_each_at_its_own_last_tap():
+    teacher = Net(6).eval()
+    layers = {"c1": "backbone.c1"}, {"c1": "backbone.c2"}
+    distillers = [
+        Distiller(Net(4), teacher, Seen(), each, early_stop=early_stop)
+        for each, early_stop in zip(layers, (True, False), strict=True)
+    ]
+    together = threading.Barrier(2, timeout=20)
+
+    def wait(module, args):
+        together.wait()
+
+    meet = teacher.backbone.c1.register_forward_pre_hook(wait)
+    heads = Inputs(teacher.head)
+
+    def run(index):
+        distillers[index](images(seed=index))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    meet.remove()
+    for index, distiller in enumerate(distillers):
+        (path,) = layers[index].values()
+        expected = plain_hooks(teacher, [path], partial(teacher, images(seed=index)))[path]
+        close(distiller.loss.teacher["c1"], expected, 0.0)
+        assert is_at_rest(distiller)
+    assert len(heads) == 3
+
+
+@pytest.mark.parametrize("part", ["teacher", "backbone", "distiller"])
+def test_compiled_code_runs_to_its_end_and_gives_the_same(part, fresh_compiler):
+    plain = make()
+    student, teacher, loss = copy.deepcopy((plain.student, plain.teacher, plain.loss))
+    counter = CompileCounterWithBackend("aot_eager")
+    if part == "backbone":
+        teacher.backbone.compile(fullgraph=True, backend=counter)
+    elif part == "teacher":
+        teacher = torch.compile(teacher, fullgraph=True, backend=counter)
+    distiller = Distiller(student, teacher, loss, LEVELS, early_stop=True)
+    distiller.teacher.eval()
+    call = distiller
+    if part == "distiller":
+        call = torch.compile(distiller, fullgraph=True, backend=counter)
+    for seed in range(2):
+        _, expected = plain(images(seed=seed))
+        for name, value in call(images(seed=seed))[1].items():
+            close(value, expected[name], 1e-10)
+    assert counter.frame_count == 1
 
 
 # --- copies ---------------------------------------------------------------------------------------
@@ -554,6 +888,20 @@ MISUSE = {
         lambda: build(teacher_forward="forward"),
         "`teacher_forward`",
     ),
+    "convert of another type": (TypeError, lambda: build(convert=from_stage), "`convert`"),
+    "convert of an unknown level": (ValueError, lambda: build(convert={"c3": None}), "'c3'"),
+    "convert to None": (TypeError, lambda: build(convert={"c1": None}), "`convert['c1']`"),
+    "convert to a triple": (
+        TypeError,
+        lambda: build(convert={"c1": (None,) * 3}),
+        "`convert['c1']`",
+    ),
+    "convert to no function": (
+        TypeError,
+        lambda: build(convert={"c1": ("NHWC", None)}),
+        "`convert['c1']`",
+    ),
+    "early_stop of another type": (TypeError, lambda: build(early_stop=1), "`early_stop`"),
     "shared_input and teacher_forward": (
         ValueError,
         lambda: build(shared_input="backbone", teacher_forward=print),

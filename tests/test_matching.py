@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torchvision
 from cases import normal
 from models import (
     DETECTORS,
@@ -22,7 +23,13 @@ from models import (
 )
 from torch import nn
 
-from featkd import Distiller, FeatureDistillationLoss, FeatureTap, match_layers
+from featkd import (
+    Distiller,
+    FeatureDistillationLoss,
+    FeatureTap,
+    from_channels_last,
+    match_layers,
+)
 
 PIXELS = normal(1, 3, 64, 96, dtype=torch.float32)
 
@@ -318,10 +325,86 @@ class ChannelsLast(nn.Module):
         return features.permute(0, 2, 3, 1).contiguous()
 
 
-def test_channels_last_maps_are_not_taken_for_feature_maps():
-    model = nn.Sequential(nn.Conv2d(3, 96, 4, 4), ChannelsLast())
-    match = match_layers(model, model, torch.zeros(1, 3, 64, 64))
+CHANNELS_LAST = nn.Sequential(nn.Conv2d(3, 96, 4, 4), ChannelsLast())
+
+
+@pytest.mark.parametrize("height", [64, 97])
+def test_channels_last_maps_are_listed_as_such(height):
+    match = match_layers(CHANNELS_LAST, CHANNELS_LAST, torch.zeros(1, 3, height, 64))
+    plain, channels_last = match.student
+    assert plain.shape == channels_last.shape == (1, 96, height // 4, 16)
+    assert plain.stride == channels_last.stride == 4
+    assert (plain.channels_last, channels_last.channels_last) == (False, True)
+    assert match.layers == {"c2": ("1", "1")}
+    assert match.student_channels == {"c2": 96}
+    assert f"1 x {height // 4} x 16 x 96 (B, H, W, C)" in str(match)
+
+
+def test_what_is_to_be_converted_goes_from_the_match_into_the_distiller():
+    match = match_layers(CHANNELS_LAST, convolutions(4), PIXELS)
+    assert match.convert == {"c2": (from_channels_last, None)}
+    assert match_layers(convolutions(4), CHANNELS_LAST, PIXELS).convert == {
+        "c2": (None, from_channels_last)
+    }
+    loss = FeatureDistillationLoss(
+        match.student_channels, match.teacher_channels, hyperparameters=NORMALIZED
+    )
+    distiller = Distiller(CHANNELS_LAST, convolutions(4), loss, match.layers, convert=match.convert)
+    _, losses = distiller(PIXELS)
+    sum(losses.values()).backward()
+    assert CHANNELS_LAST[0].weight.grad.abs().sum() > 0
+
+
+def test_what_needs_no_conversion_gives_an_empty_one():
+    model = convolutions(4)
+    assert match_layers(model, model, PIXELS).convert == {}
+
+
+@pytest.mark.parametrize("channels", [16, 15, 17])
+def test_a_map_that_both_layouts_fit_is_read_with_the_channels_first(channels):
+    model = nn.Sequential(nn.Conv2d(3, channels, 4, 4))
+    (layer,) = match_layers(model, model, torch.zeros(1, 3, 64, 64)).student
+    assert layer.shape == (1, channels, 16, 16)
+    assert not layer.channels_last
+
+
+def test_height_and_width_that_differ_tell_the_layouts_apart():
+    """At 224 x 320, Swin's first stage is (1, 56, 80, 96): of about one stride across and down."""
+    images = torch.zeros(1, 3, 224, 320)
+    match = match_layers(CHANNELS_LAST, CHANNELS_LAST, images)
+    assert match.student[1].shape == (1, 96, 56, 80)
+
+
+def test_tokens_are_not_listed():
+    model = nn.Sequential(nn.Conv2d(3, 96, 4, 4), nn.Flatten(2))
+    match = match_layers(model, model, PIXELS)
     assert [layer.path for layer in match.student] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("size", [(64, 96), (64, 64)])
+def test_the_stages_of_a_swin_transformer(name, size):
+    import timm
+
+    model = timm.create_model(name, pretrained=False, features_only=True, img_size=size)
+    match = match_layers(model, model, torch.zeros(1, 3, *size))
+    check(match, stages("layers_{}", range(4)), stages("layers_{}", range(4)))
+    assert list(match.convert) == list(match.layers) == ["c2", "c3", "c4", "c5"]
+
+
+def test_torchvisions_swin_transformer():
+    model = torchvision.models.swin_t(weights=None)
+    expected = stages("features.{}", (1, 3, 5))
+    match = match_layers(model, model, PIXELS).select(*expected)
+    check(match, expected, expected)
+    assert match.convert == dict.fromkeys(expected, (from_channels_last, from_channels_last))
+
+
+def test_an_example_may_be_given_by_name():
+    student, teacher = detr(8, 8, 16, 16), rt_detr(8, 8, 16, 16)
+    match = match_layers(student, teacher, pixel_values=PIXELS, output_hidden_states=False)
+    assert match == match_layers(student, teacher, PIXELS)
+    assert match.pairs
 
 
 def test_strides_count_from_the_first_map_that_goes_in():

@@ -573,6 +573,12 @@ def test_the_terms_are_weighted_and_summed_over_the_levels():
         assert terms[name].shape == ()
 
 
+def test_shapes_are_worked_out_on_the_meta_device():
+    loss = FeatureDistillationLoss(4, 3, hyperparameters=ALL_TERMS).to("meta")
+    ours, theirs = torch.empty(2, 4, 5, 6, device="meta"), torch.empty(2, 3, 5, 6, device="meta")
+    assert all(value.shape == () for value in loss(ours, theirs).values())
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_the_terms_have_the_gradients_of_the_losses_on_their_own(absolute):
     """Attention transfer and masks share one reading of the features."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+import featkd
 from featkd import FeatureTap
 
 
@@ -179,6 +180,65 @@ def test_a_shared_head_gives_one_feature_for_each_call():
             close(feature, output, 0.0)
         head(levels[0])
         raises(RuntimeError, tap.pop, "5 call(s)", "got 1")
+
+
+# --- other layouts --------------------------------------------------------------------------------
+
+
+def doubled(feature):
+    return 2 * feature
+
+
+def test_what_is_captured_is_converted_at_pop_and_the_model_sees_nothing_of_it():
+    model = Net().eval()
+    expected = plain_hooks(model, LEVELS.values(), lambda: model(images()))
+    output = model(images())
+    seen = []
+
+    def convert(feature):
+        seen.append(feature)
+        return feature.permute(0, 2, 3, 1)
+
+    with FeatureTap(model, LEVELS, convert={"c2": convert}) as tap:
+        close(model(images()), output, 0.0)
+        assert not seen
+        features = tap.pop()
+    close(features["c1"], expected["backbone.c1"], 0.0)
+    close(features["c2"], expected["backbone.c2"].permute(0, 2, 3, 1), 0.0)
+    assert features["c2"].requires_grad
+
+
+def test_every_call_of_a_shared_head_is_converted():
+    head = nn.Identity()
+    model = nn.ModuleDict({"head": head})
+    with FeatureTap(model, {"p": "head"}, calls={"p": 3}, convert={"p": doubled}) as tap:
+        for level in range(3):
+            head(images() + level)
+        for level, feature in enumerate(tap.pop().values()):
+            close(feature, 2 * (images() + level), 0.0)
+
+
+def test_no_conversion_is_an_empty_mapping_too():
+    model = Net()
+    tap = FeatureTap(model, LEVELS, convert={})
+    captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+
+
+def test_a_missing_gradient_is_found_behind_a_conversion():
+    model = Checkpointed(use_reentrant=True)
+    convert = {"c1": lambda feature: feature.requires_grad_()}
+    with FeatureTap(model, LEVELS, convert=convert) as tap:
+        model(images())
+        raises(RuntimeError, tap.pop, "'backbone.c1'", "use_reentrant=False")
+
+
+def test_a_conversion_that_fails_leaves_the_tap_ready():
+    model = Net()
+    convert = {"c1": partial(featkd.from_tokens, size=(2, 2))}
+    with FeatureTap(model, LEVELS, convert=convert) as tap:
+        model(images())
+        raises(ValueError, tap.pop, "`tokens`")
+        raises(RuntimeError, tap.pop, "got 0")
 
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -605,13 +665,10 @@ def test_a_copy_of_a_tapped_model_can_be_tapped_itself(make_copy):
 )
 def test_a_copy_of_a_tap_taps_the_copy_of_its_model(make_copy):
     model = Net()
-    tap = FeatureTap(model, LEVELS, clone=False, calls={"c1": 2})
+    tap = FeatureTap(model, LEVELS, clone=False, calls={"c1": 2}, convert={"c2": doubled})
     other_model, other_tap = make_copy((model, tap))
-    assert (other_tap.layers, other_tap.clone, other_tap.calls) == (
-        tap.layers,
-        tap.clone,
-        tap.calls,
-    )
+    for name in ("layers", "clone", "calls", "convert"):
+        assert getattr(other_tap, name) == getattr(tap, name)
     assert other_tap.model is other_model
     with tap, other_tap:
         other_model.backbone.c1(images())
@@ -769,15 +826,16 @@ def live_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def test_a_thousand_pops_leave_no_tensor():
-    model = Net().eval()
-    tap = FeatureTap(model, LEVELS)
-    batch = images(1)[..., :4, :4]
+def test_ten_thousand_pops_leave_no_tensor_and_no_other_object():
+    model = Net().eval().backbone.c1
+    tap = FeatureTap(model, {"x": ":input", "c1": "conv"})
+    batch = images(1)[..., :2, :2]
     captured(tap, lambda: model(batch))
-    before = live_tensors()
-    for _ in range(1000):
+    tensors, objects = live_tensors(), len(gc.get_objects())
+    for _ in range(10_000):
         captured(tap, lambda: model(batch))
-    assert live_tensors() == before
+    assert live_tensors() == tensors
+    assert len(gc.get_objects()) - objects < 100
 
 
 def test_a_hundred_taps_leave_no_hook():
@@ -837,6 +895,21 @@ MISUSE = {
         "'c3'",
     ),
     "calls that are no mapping": (TypeError, lambda: FeatureTap(Net(), LEVELS, calls=5), "int"),
+    "convert of an unknown alias": (
+        ValueError,
+        lambda: FeatureTap(Net(), LEVELS, convert={"c3": doubled}),
+        "'c3'",
+    ),
+    "convert to no function": (
+        TypeError,
+        lambda: FeatureTap(Net(), LEVELS, convert={"c1": "NHWC"}),
+        "`convert['c1']`",
+    ),
+    "convert of another type": (
+        TypeError,
+        lambda: FeatureTap(Net(), LEVELS, convert=doubled),
+        "`convert`",
+    ),
 }
 
 

@@ -1,0 +1,99 @@
+"""Other layouts as feature maps `(B, C, H, W)`: for the `convert` of a tap or a distiller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from torch import Tensor
+
+from ._checks import require_callable, require_count, require_tensor
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def from_channels_last(features: Tensor) -> Tensor:
+    """Feature maps from channels-last ones, such as a Swin transformer's: `A[b, c, i, j]` is
+    `features[b, i, j, c]`.
+
+    Args:
+        features: `(B, H, W, C)`, any floating dtype.
+
+    Returns:
+        `(B, C, H, W)`, a view.
+
+    Raises:
+        TypeError: `features` is no floating-point tensor.
+        ValueError: `features` is not of shape `(B, H, W, C)`.
+
+    Example:
+        >>> import torch
+        >>> from_channels_last(torch.zeros(2, 14, 20, 96)).shape
+        torch.Size([2, 96, 14, 20])
+    """
+    require_tensor("features", features)
+    if features.dim() != 4:
+        raise ValueError(
+            f"`features` must have the shape (B, H, W, C), got {tuple(features.shape)}."
+        )
+    return features.permute(0, 3, 1, 2)
+
+
+def from_tokens(tokens: Tensor, size: tuple[int, int], *, prefix: int = 0) -> Tensor:
+    """Feature maps from the tokens of a vision transformer, row by row: `A[b, c, i, j]` is
+    `tokens[b, prefix + i*W + j, c]`.
+
+    Args:
+        tokens: `(B, prefix + H*W, C)`, any floating dtype.
+        size: `(H, W)`: the image's height and width over the patch's.
+        prefix: how many tokens in front belong to no position (class, registers).
+
+    Returns:
+        `(B, C, H, W)`, a view.
+
+    Raises:
+        TypeError: `tokens` is no floating-point tensor, or `size` or `prefix` not of its kind.
+        ValueError: `tokens` is not of shape `(B, prefix + H*W, C)`.
+
+    Example:
+        >>> import torch
+        >>> from_tokens(torch.zeros(2, 1 + 14 * 20, 192), (14, 20), prefix=1).shape
+        torch.Size([2, 192, 14, 20])
+    """
+    require_tensor("tokens", tokens)
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise TypeError(f"`size` must be a pair (H, W), got {size!r}.")
+    height, width = size
+    require_count("size[0]", height)
+    require_count("size[1]", width)
+    if prefix != 0:
+        require_count("prefix", prefix)
+    count = prefix + height * width
+    if tokens.dim() != 3 or tokens.shape[1] != count:
+        raise ValueError(
+            f"`tokens` must have the shape (B, {count}, C), {prefix} + {height} x {width} tokens, "
+            f"got {tuple(tokens.shape)}."
+        )
+    images, _, channels = tokens.shape
+    return tokens[:, prefix:].transpose(1, 2).reshape(images, channels, height, width)
+
+
+def converts_by_side(convert: object, levels: Collection[str]) -> tuple[dict[str, Convert], ...]:
+    """The student's and the teacher's functions by level."""
+    if not isinstance(convert, Mapping | None):
+        found = type(convert).__name__
+        raise TypeError(f"`convert` must be a mapping from level to function, got {found}.")
+    sides: tuple[dict[str, Convert], ...] = ({}, {})
+    for level, functions in (convert or {}).items():
+        if level not in levels:
+            raise ValueError(f"`convert` must name levels of {list(levels)}, got {level!r}.")
+        pair = (functions, functions) if callable(functions) else functions
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"`convert[{level!r}]` must be a function or a (student's, teacher's) pair of "
+                f"functions or None, got {functions!r}."
+            )
+        for side, function in zip(sides, pair, strict=True):
+            require_callable(f"convert[{level!r}]", function)
+            if function is not None:
+                side[level] = function
+    return sides
