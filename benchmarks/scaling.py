@@ -17,31 +17,40 @@ PRESETS = ("NORMALIZED", "TWO_STAGE", "ONE_STAGE", "RELEASED_TWO_STAGE", "RELEAS
 TITLES = ("ranks", "", "communicated", "parameters", "gradients", "AdamW", "teacher", "held")
 
 
-def communicated(size: float, ranks: int) -> dict[str, float]:
-    """Bytes that a rank sends (and receives) each step for `size` bytes of trained parameters."""
-    share = size * (ranks - 1) / ranks
+def communicated(trained: float, frozen: float, ranks: int) -> dict[str, float]:
+    """Bytes that a rank sends (and receives) each step for so many bytes of parameters."""
+    others = (ranks - 1) / ranks
     return {
-        "DDP": 2 * share,  # ring all-reduce: a reduce-scatter and an all-gather of the gradients
-        "FSDP2": 3 * share,  # parameters gathered for forward and backward, gradients scattered
+        # A ring all-reduce of the gradients: a reduce-scatter and an all-gather.
+        "DDP": 2 * trained * others,
+        # All parameters gathered for forward and backward, gradients scattered.
+        "FSDP2": (2 * (trained + frozen) + trained) * others,
     }
 
 
-def held(size: float, teacher: float, ranks: int) -> dict[str, dict[str, float]]:
+def held(trained: float, frozen: float, teacher: float, ranks: int) -> dict[str, dict[str, float]]:
     """Bytes on a rank, beside activations; the teacher is whole on each."""
-    part = size / ranks
-    return {
-        # The gradients stand in DDP's buckets too, but for gradient_as_bucket_view=True.
-        "DDP": {"parameters": size, "gradients": 2 * size, "AdamW": 2 * size, "teacher": teacher},
-        "FSDP2": {"parameters": part, "gradients": part, "AdamW": 2 * part, "teacher": teacher},
-    }
+
+    def parts(copies: int, ranks: int) -> dict[str, float]:
+        return {
+            "parameters": (trained + frozen) / ranks,
+            "gradients": copies * trained / ranks,
+            "AdamW": 2 * trained / ranks,
+            "teacher": teacher,
+        }
+
+    # The gradients stand in DDP's buckets too, but for gradient_as_bucket_view=True.
+    return {"DDP": parts(2, 1), "FSDP2": parts(1, ranks)}
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def trained(*models: nn.Module) -> list[nn.Parameter]:
-    return [p for model in models for p in model.parameters() if p.requires_grad]
+def sizes(*models: nn.Module) -> tuple[int, int]:
+    """Bytes of the trained and of the frozen parameters."""
+    parameters = [p for model in models for p in model.parameters()]
+    return tuple(nbytes(p for p in parameters if p.requires_grad is want) for want in (True, False))
 
 
 def build(student: str, teacher: str, preset: str) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -60,14 +69,11 @@ def build(student: str, teacher: str, preset: str) -> tuple[nn.Module, nn.Module
     return detector, backbone, loss
 
 
-def rows(size: float, teacher: float, world_sizes: Iterable[int]) -> list[tuple[str, ...]]:
-    found = []
-    for ranks in world_sizes:
-        sent = communicated(size, ranks)
-        for wrapper, parts in held(size, teacher, ranks).items():
-            figures = (sent[wrapper], *parts.values(), sum(parts.values()))
-            found.append((str(ranks), wrapper, *(f"{figure / 1e6:.0f}" for figure in figures)))
-    return found
+def row(ranks: int, wrapper: str, trained: int, frozen: int, teacher: int) -> tuple[str, ...]:
+    parts = held(trained, frozen, teacher, ranks)[wrapper]
+    sent = communicated(trained, frozen, ranks)[wrapper]
+    figures = (sent, *parts.values(), sum(parts.values()))
+    return (str(ranks), wrapper, *(f"{figure / 1e6:.0f}" for figure in figures))
 
 
 def main() -> None:
@@ -84,18 +90,21 @@ def main() -> None:
     student, teacher, loss = build(options.student, options.teacher, options.preset)
     if options.bf16_teacher:
         teacher.bfloat16()
-    for name, parameters in (
-        (options.student, trained(student)),
-        (f"adapters of {options.preset}", trained(loss)),
-        (f"teacher's backbone {options.teacher}", list(teacher.parameters())),
-    ):
-        count = sum(p.numel() for p in parameters)
-        print(f"{name}: {count / 1e6:.1f} M parameters, {nbytes(parameters) / 1e6:.0f} MB")
-    print("\nMB on each rank and step:\n")
-    size = nbytes(trained(student, loss))
-    table = rows(size, nbytes(teacher.parameters()), options.ranks)
-    for row in (TITLES, ("---",) * len(TITLES), *table):
-        print("|", " | ".join(row), "|")
+    parts = {
+        f"student {options.student}": student,
+        f"adapters of {options.preset}": loss,
+        f"teacher's backbone {options.teacher}": teacher,
+    }
+    for name, model in parts.items():
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {count / 1e6:.1f} M parameters, {nbytes(model.parameters()) / 1e6:.0f} MB")
+    print("\nMB on each rank, for a step:\n")
+    figures = (*sizes(student, loss), nbytes(teacher.parameters()))
+    table = [
+        row(ranks, wrapper, *figures) for wrapper in ("DDP", "FSDP2") for ranks in options.ranks
+    ]
+    for line in (TITLES, ("---",) * len(TITLES), *table):
+        print("|", " | ".join(line), "|")
 
 
 if __name__ == "__main__":

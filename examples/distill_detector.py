@@ -3,7 +3,7 @@
 python examples/distill_detector.py                     # generated scenes, two CPU cores
 python examples/distill_detector.py --quick             # the same path in a minute
 python examples/distill_detector.py --data coco --images DIR --annotations FILE
-torchrun --nproc_per_node 2 examples/distill_detector.py
+torchrun --nproc_per_node 2 --max-restarts 1 examples/distill_detector.py
 """
 
 import argparse
@@ -22,7 +22,16 @@ from report import write_report
 from scenes import Scenes
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from training import Alone, Curve, Settings, evaluate, train, world, write_atomically
+from training import (
+    Alone,
+    Curve,
+    Settings,
+    evaluate,
+    join_processes,
+    train,
+    world,
+    write_atomically,
+)
 
 import featkd
 
@@ -74,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="of the data loaders")
     add("--checkpoint-every", type=int, default=100, help="steps")
     add("--output", type=Path, default=Path("runs/distill_detector"))
-    add("--resume", action="store_true", help="go on with the unfinished run in --output")
+    add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--quick", action="store_true", help="a handful of steps and images: a test of the path")
     if parser.parse_args(arguments).quick:
         parser.set_defaults(**QUICK)
@@ -114,9 +123,9 @@ def open_output(options: argparse.Namespace) -> None:
     """Notes the configuration, or compares it with that of the run to go on with."""
     chosen = {k: str(v) for k, v in sorted(vars(options).items()) if k not in FREE}
     file = options.output / "config.json"
-    if options.resume:
-        if not file.exists():
-            raise SystemExit(f"--resume wants a run in {options.output}, found none")
+    # torchrun starts the processes again with the same arguments when one of them has died.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if (options.resume or restarted) and file.exists():
         before = json.loads(file.read_text())
         changed = [k for k in chosen if before.get(k) != chosen[k]]
         if changed:
@@ -125,6 +134,8 @@ def open_output(options: argparse.Namespace) -> None:
                 + ", ".join(f"{k}={chosen[k]} for {before.get(k)}" for k in changed)
             )
         return
+    if options.resume:
+        print(f"no run in {options.output} to go on with: starting one")
     if file.exists() and not (options.output / "results.json").exists():
         raise SystemExit(
             f"{options.output} holds an unfinished run: go on with --resume, or choose --output"
@@ -166,15 +177,10 @@ def load_teacher(teacher: nn.Module, file: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    device = torch.device(options.device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    device = join_processes(torch.device(options.device))
     rank, ranks = world()
-    if options.batch_size % ranks:
-        raise SystemExit(f"--batch-size must be a multiple of the {ranks} processes")
+    if options.batch_size < ranks:
+        raise SystemExit(f"--batch-size must be at least the {ranks} processes")
     try:
         data, held_out, classes = load_data(options)
     except CocoError as error:

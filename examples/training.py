@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,43 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun has started, if any; the device of this one."""
+    variables = os.environ
+    if "WORLD_SIZE" not in variables:
+        return device
+    # torchrun's own store outlives a restart, with the addresses of the processes before.
+    lasting = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    nodes = int(variables.get("GROUP_WORLD_SIZE", "1"))
+    # Nodes count restarts each for itself: the count is no name for a store that they share.
+    if lasting and nodes > 1 and variables["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise SystemExit(
+            "--max-restarts on several nodes wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set for "
+            "torchrun, or restarted processes may wait for those that died"
+        )
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if lasting and nodes == 1:
+        store = dist.PrefixStore(variables["TORCHELASTIC_RESTART_COUNT"], store)
+    # The first process evaluates alone, and the others wait for it.
+    patience = timedelta(hours=1)
+    cuda = device.type == "cuda"
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+    if not cuda:
+        return device
+    device = torch.device("cuda", int(variables["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
 def batch_indices(
     length: int, batch_size: int, seed: int, first: int, last: int
 ) -> list[list[int]]:
-    """This rank's images at steps `first` to `last`, a pure function of seed and step."""
+    """This rank's images at steps `first` to `last`; all ranks' together depend on seed and step.
+
+    Steps run over the ends of epochs, so that no batch is short. Where the batch size is no
+    multiple of the ranks, the first ranks have an image more: see :func:`backward`.
+    """
     rank, ranks = world()
     orders: dict[int, list[int]] = {}
 
@@ -121,7 +155,7 @@ def train(
         optimizer, settings.learning_rate, total_steps=steps, pct_start=0.15
     )
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    curve, done = load(checkpoint, parts, settings.device) if checkpoint.exists() else (Curve(), 0)
+    curve, done = load(checkpoint, parts)
     stepped = DistributedDataParallel(model) if ranks > 1 else model
     indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)
     loader = DataLoader(
@@ -134,16 +168,8 @@ def train(
             batch = to_device(batch, settings.device)
             # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
-            cast = (
-                torch.autocast(settings.device.type, torch.bfloat16)
-                if settings.amp
-                else nullcontext()
-            )
-            with cast:
-                losses, distillation = stepped(*batch)
-            total = sum((losses | distillation).values())
             optimizer.zero_grad()
-            total.backward()
+            losses, distillation = backward(stepped, batch, settings)
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             schedule.step()
@@ -162,12 +188,29 @@ def train(
             curve.seconds = time.perf_counter() - started
             if step % settings.checkpoint_every == 0 or step == steps:
                 save(checkpoint, parts, curve, step)
+    if ranks > 1:
+        # Each rank has averaged the batch statistics of its own images.
+        for buffer in average.module.buffers():
+            dist.broadcast(buffer, 0)
     student.load_state_dict(average.module.state_dict())
     return curve
 
 
+def backward(
+    model: nn.Module, batch: Any, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's losses; the gradients are those of the mean over all ranks' images."""
+    cast = torch.autocast(settings.device.type, torch.bfloat16) if settings.amp else nullcontext()
+    with cast:
+        losses, distillation = model(*batch)
+    # DDP and FSDP take the mean over ranks, some of which may have an image less.
+    share = len(batch[0]) * world()[1] / settings.batch_size
+    (share * sum((losses | distillation).values())).backward()
+    return losses, distillation
+
+
 def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
-    """Whole or not at all: an interrupt leaves the checkpoint before."""
+    """By the first rank alone; whole or not at all: an interrupt leaves the checkpoint before."""
     if world()[0] > 0:
         return
     content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
@@ -177,12 +220,26 @@ def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
 
 def write_atomically(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
-    torch.save(content, partial)
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)  # noqa: PTH105
 
 
-def load(path: Path, parts: dict[str, Any], device: torch.device) -> tuple[Curve, int]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+def load(path: Path, parts: dict[str, Any]) -> tuple[Curve, int]:
+    """Goes on from the checkpoint, if there is one, whatever number of ranks has written it."""
+    rank, ranks = world()
+    content = None
+    if rank == 0 and path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if ranks > 1:
+        # One reader: another node's view of the file system may lag behind.
+        received = [content]
+        dist.broadcast_object_list(received)
+        (content,) = received
+    if content is None:
+        return Curve(), 0
     for name, part in parts.items():
         part.load_state_dict(content[name])
     return Curve(**content["curve"]), content["step"]

@@ -95,8 +95,9 @@ def test_a_broken_job_resumes_to_the_same_result(
     whole_save = training.save
     monkeypatch.setattr(training, "save", save_thrice)
     with pytest.raises(KeyboardInterrupt):
-        run(*DRAWS, "--output", tmp_path)
+        run(*DRAWS, "--output", tmp_path, "--resume")
     monkeypatch.undo()
+    assert "to go on with: starting one" in capsys.readouterr().out
     assert saves == ["teacher.checkpoint.pt"] * 2 + ["plain.checkpoint.pt"]
     with pytest.raises(SystemExit, match="--resume"):
         run(*DRAWS, "--output", tmp_path)
@@ -130,19 +131,88 @@ def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsy
         run("--teacher", teacher, "--output", tmp_path / "c")
 
 
-@pytest.mark.slow
-def test_two_processes_train_data_parallel(tmp_path: Path) -> None:
+# The second process dies in the last step of all; each notes the steps that it has begun.
+DYING_WORKER = """
+import os, signal, sys
+from pathlib import Path
+
+examples, log, *arguments = sys.argv[1:]
+sys.path.insert(0, examples)
+import distill_detector, training
+
+rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+steps = []
+
+def noted(*rest):
+    steps.append(len(steps))
+    Path(log, f"rank {rank}, restart {restarts}").write_text(str(len(steps)))
+    if (rank, restarts, len(steps)) == ("1", "0", 12):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(*rest)
+
+backward, training.backward = training.backward, noted
+distill_detector.main(arguments)
+"""
+
+
+def torchrun(*arguments: str | Path) -> str:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(EXAMPLES / "distill_detector.py"), *TINY, "--output", str(tmp_path)],
+        [*launch, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("distilled - plain") == 1
-    assert {file.name for file in tmp_path.iterdir()} >= FILES
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("two_processes")
+    return folder, torchrun(EXAMPLES / "distill_detector.py", *TINY, "--output", folder)
+
+
+@pytest.mark.slow
+def test_two_processes_train_data_parallel(two_processes: tuple[Path, str]) -> None:
+    folder, printed = two_processes
+    assert printed.count("distilled - plain") == 1
+    assert {file.name for file in folder.iterdir()} >= FILES
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone(
+    two_processes: tuple[Path, str], tmp_path: Path
+) -> None:
+    worker, log, output = tmp_path / "worker.py", tmp_path / "log", tmp_path / "output"
+    worker.write_text(DYING_WORKER)
+    log.mkdir()
+    torchrun("--max-restarts=1", worker, EXAMPLES, log, *TINY, "--output", output)
+    begun = {file.name: int(file.read_text()) for file in log.iterdir()}
+    # Three models of 4 steps, a checkpoint every second.
+    assert begun["rank 1, restart 0"] == 12
+    assert begun["rank 0, restart 1"] == begun["rank 1, restart 1"] == 2
+    for name in ("teacher.pt", "plain.pt", "distilled.pt"):
+        whole = torch.load(two_processes[0] / name, weights_only=True)
+        restarted = torch.load(output / name, weights_only=True)
+        assert all(torch.equal(whole[key], restarted[key]) for key in whole)
+
+
+def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from training import join_processes
+
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        join_processes(torch.device("cpu"))
 
 
 BAD_DATA = {
