@@ -27,6 +27,8 @@ def takes_closed_form() -> bool:
 
 
 def _in_place() -> bool:
+    if torch.compiler.is_compiling():
+        return False
     return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
 
 

@@ -74,7 +74,7 @@ def require_flag(name: str, value: object) -> None:
 
 def require_number(name: str, value: object, *, above: float = -math.inf) -> None:
     """A finite real number above `above`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
     if not math.isfinite(value) or value <= above:
         bound = "" if above == -math.inf else f" and above {above:g}"
@@ -83,7 +83,7 @@ def require_number(name: str, value: object, *, above: float = -math.inf) -> Non
 
 def require_weight(name: str, value: object) -> None:
     require_number(name, value)
-    if isinstance(value, int | float) and value < 0:
+    if isinstance(value, (int, float)) and value < 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}.")
 
 

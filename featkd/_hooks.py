@@ -109,13 +109,13 @@ class InputHook(_Hook):
         self._capture(store, next(iter(inputs.values())) if only else inputs)
 
 
-class RootHook(_Hook):
-    """Notes whether gradients are on where the model is called."""
+class CallHook(_Hook):
+    """Notes where gradients are on as the model, or a part that holds a tapped one, is called."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         store = self._open_store(module)
-        if store is not None:
-            store.grad_enabled = torch.is_grad_enabled()
+        if store is not None and torch.is_grad_enabled():
+            store.grad_enabled = True
 
 
 def _select(value: Any, key: str, alias: str, path: str) -> Any:

@@ -10,10 +10,11 @@ from torch import Tensor
 from ._checks import require_choice
 
 Reduction = Literal["none", "mean", "sum", "norm"]
+REDUCTIONS = get_args(Reduction)  # torch 2.4 compiles no get_args
 
 
 def require_reduction(reduction: object) -> None:
-    require_choice("reduction", reduction, get_args(Reduction))
+    require_choice("reduction", reduction, REDUCTIONS)
 
 
 def norm_per_image(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ._means import OVER_CHANNELS, OVER_POSITIONS, attention_maps
 from ._precision import compute_dtype
 
 Fusion = Literal["logits", "probabilities"]
+FUSIONS = get_args(Fusion)
 
 
 def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -129,7 +130,7 @@ def attention_mask(
         "teacher_attention", teacher_attention, "student_attention", student_attention
     )
     require_number("temperature", temperature, above=0)
-    require_choice("fusion", fusion, get_args(Fusion))
+    require_choice("fusion", fusion, FUSIONS)
 
     dtype = compute_dtype(student_attention, teacher_attention)
     student_logits = student_attention.to(dtype).flatten(1)
@@ -178,7 +179,7 @@ class AttentionMask(nn.Module):
     def __init__(self, temperature: float, fusion: Fusion = "logits") -> None:
         super().__init__()
         require_number("temperature", temperature, above=0)
-        require_choice("fusion", fusion, get_args(Fusion))
+        require_choice("fusion", fusion, FUSIONS)
         self.temperature = temperature
         self.fusion: Fusion = fusion
 

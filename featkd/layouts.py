@@ -60,7 +60,7 @@ def from_tokens(tokens: Tensor, size: tuple[int, int], *, prefix: int = 0) -> Te
         torch.Size([2, 192, 14, 20])
     """
     require_tensor("tokens", tokens)
-    if not isinstance(size, tuple | list) or len(size) != 2:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"`size` must be a pair (H, W), got {size!r}.")
     height, width = size
     require_count("size[0]", height)

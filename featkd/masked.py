@@ -172,7 +172,7 @@ class AttentionMaskedLoss(nn.Module):
             maps = attention_maps(student, of_student), attention_maps(teacher, dims)
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
-            ours = ours | attention_maps(adapted, (OVER_POSITIONS,))
+            ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
         masks = {
             d: attention_mask(ours[d], theirs[d], temperature=self.temperature, fusion=self.fusion)
             for d in dims

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._checks import require_count, require_flag
-from ._hooks import InputHook, OutputHook, RootHook, Store
+from ._hooks import CallHook, InputHook, OutputHook, Store
 from ._paths import innermost, resolve
 from .layouts import Convert
 
@@ -88,7 +88,12 @@ class FeatureTap:
         found = {
             alias: resolve(model, path, f"layers[{alias!r}]") for alias, path in self.layers.items()
         }
-        handles = [root.register_forward_pre_hook(RootHook(self._store))]
+        tapped = {module for module, _, _ in found.values()}
+        handles = [
+            module.register_forward_pre_hook(CallHook(self._store))
+            for module in root.modules()
+            if module is root or not tapped.isdisjoint(set(module.modules()) - {module})
+        ]
         for alias, (module, takes_input, keys) in found.items():
             path = self.layers[alias]
             if takes_input:

@@ -1,5 +1,6 @@
 """One thread, a fixed seed, and a fresh compiler for every test; reproducible examples in CI."""
 
+import importlib.util
 import os
 
 import hypothesis
@@ -25,9 +26,9 @@ def fresh_compiler():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a GPU the tests marked `cuda` are deselected, and the summary counts them."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("cuda")]
+    """Tests marked `cuda` or `mmdet` are deselected, and counted, where there is no such thing."""
+    found = {"cuda": torch.cuda.is_available(), "mmdet": importlib.util.find_spec("mmdet")}
+    absent = [marker for marker, there in found.items() if not there]
+    left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

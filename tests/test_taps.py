@@ -558,6 +558,21 @@ def test_a_tap_inside_reentrant_checkpointing_is_an_error():
         output.sum().backward()
 
 
+def test_it_is_found_where_another_method_than_forward_is_called():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Checkpointed(use_reentrant=True)
+
+        def extract_feat(self, images):
+            return self.body(images)
+
+    model = Detector()
+    with FeatureTap(model, ["body.backbone.c1"]) as tap:
+        model.extract_feat(images())
+        raises(RuntimeError, tap.pop, "'body.backbone.c1'", "use_reentrant=False")
+
+
 def test_reentrant_checkpointing_is_found_beside_an_attribute_called_module():
     class Both(HasModule):
         def forward(self, x):
