@@ -58,10 +58,13 @@ class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):
         return results, names
 
 
-def build(name: str, role: str, classes: int, size: int) -> nn.Module:
+def build(
+    name: str, role: str, classes: int, size: int, shape: tuple[int, int, int] | None = None
+) -> nn.Module:
     """The detector `name` for `role`, `"teacher"` or `"student"`, at random weights.
 
-    `classes` counts the background; `size` is the shorter side of the images inside the model.
+    `classes` counts the background; `size` is the shorter side of the images inside the model;
+    `shape` stands in place of `TEACHER` or `STUDENT` for a compact detector.
     """
     if name in STOCK:
         builder: Callable[..., nn.Module] = getattr(detection, name)
@@ -73,7 +76,7 @@ def build(name: str, role: str, classes: int, size: int) -> nn.Module:
             min_size=size,
             max_size=longest,
         )
-    width, blocks, fpn = TEACHER if role == "teacher" else STUDENT
+    width, blocks, fpn = shape or (TEACHER if role == "teacher" else STUDENT)
     backbone = compact_backbone(width, blocks, fpn)
     sizes: dict[str, Any] = {"min_size": size, "max_size": size * 5 // 3}
     if name == "fcos":

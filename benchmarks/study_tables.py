@@ -1,0 +1,201 @@
+"""From the lines of `study.py` to tables and plots: pure functions of a list of lines.
+
+A cell of a table is what differs in nothing but its seed. AP is in points, 0 to 100.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, nan, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from scipy.stats import t
+
+import featkd
+
+Line = dict[str, Any]
+PLAIN = "none"
+OTHER_METRICS = {"ap50": "AP50", "ap75": "AP75", "ap_s": "AP_S", "ap_m": "AP_M", "ap_l": "AP_L"}
+HEADER = ("detector", "method", "setting", "AP", "gain", "n", *OTHER_METRICS.values(), "teacher AP")
+
+
+class Interval(NamedTuple):
+    """Mean of `n` values and half the width of its 95 % interval, `nan` for a single value."""
+
+    mean: float
+    half: float
+    n: int
+
+    def text(self, sign: str = "-") -> str:
+        half = f" ± {self.half:.2f}" if isfinite(self.half) else ""
+        return f"{self.mean:{sign}.2f}{half}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell over its seeds; `gain` is the paired one over the plain student's."""
+
+    detector: str
+    method: str
+    setting: str
+    ap: Interval
+    gain: Interval | None
+    others: dict[str, float | None]
+    teacher_ap: float | None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """By Student's t: `t_{0.975, n - 1} s / sqrt(n)`."""
+    n = len(values)
+    half = float(t.ppf(0.975, n - 1)) * stdev(values) / sqrt(n) if n > 1 else nan
+    return Interval(mean(values), half, n)
+
+
+def key(line: Line, *names: str) -> str:
+    return json.dumps([line[name] for name in names], sort_keys=True)
+
+
+def cells(lines: Iterable[Line]) -> list[list[Line]]:
+    """Lines that differ in nothing but the seed, in order of their first."""
+    groups: dict[str, list[Line]] = defaultdict(list)
+    names = ("detector", "student", "teacher", "method", "steps", "data", "hyperparameters")
+    for line in lines:
+        groups[key(line, *names)].append(line)
+    return list(groups.values())
+
+
+def paired_gains(lines: Iterable[Line], plain: Iterable[Line]) -> list[float]:
+    """AP of each line less that of the plain student of its seed, where there is one."""
+    names = ("detector", "student", "seed", "steps", "data")
+    partners = {key(line, *names): line["ap"] for line in plain}
+    pairs = [(line["ap"], partners.get(key(line, *names))) for line in lines]
+    return [100 * (ap - partner) for ap, partner in pairs if partner is not None]
+
+
+def facts(line: Line) -> dict[str, Any]:
+    """What a cell may differ in beside detector and method."""
+    shapes = {"student": line["student"], "teacher": line["teacher"] and line["teacher"]["shape"]}
+    settings = line["hyperparameters"]
+    if line["method"] == "featkd":
+        # A line leaves out what is at its default.
+        settings = asdict(featkd.Hyperparameters(**settings))
+    shown = {name: "-".join(map(str, shape)) for name, shape in shapes.items() if shape}
+    return shown | settings
+
+
+def varying(lines: Iterable[Line]) -> dict[str, list[str]]:
+    """By method, the names of the facts in which its cells differ."""
+    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        by_method[line["method"]].append(facts(line))
+    return {
+        method: [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
+        for method, found in by_method.items()
+    }
+
+
+def rows(lines: Sequence[Line]) -> list[Row]:
+    lines = [line for line in lines if line["method"] != "teacher"]
+    plain = [line for line in lines if line["method"] == PLAIN]
+    names = varying(lines)
+    result = []
+    for cell in cells(lines):
+        first = cell[0]
+        method, own = first["method"], facts(first)
+        gains = [] if method == PLAIN else paired_gains(cell, plain)
+        result.append(
+            Row(
+                first["detector"],
+                method,
+                ", ".join(f"{name} {own[name]}" for name in names[method]),
+                interval([100 * line["ap"] for line in cell]),
+                interval(gains) if gains else None,
+                {name: mean_of(cell, name) for name in OTHER_METRICS},
+                mean_of(cell, "teacher_ap"),
+            )
+        )
+    return sorted(result, key=lambda row: row.detector)
+
+
+def mean_of(lines: Iterable[Line], name: str) -> float | None:
+    values = [100 * line[name] for line in lines if line[name] is not None]
+    return mean(values) if values else None
+
+
+def best(lines: Iterable[Line]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By detector and method, the hyperparameters of the highest mean AP."""
+    chosen: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+    for cell in cells(lines):
+        place = cell[0]["detector"], cell[0]["method"]
+        ap = mean(line["ap"] for line in cell)
+        if cell[0]["hyperparameters"] and (place not in chosen or ap > chosen[place][0]):
+            chosen[place] = ap, cell[0]["hyperparameters"]
+    return {place: hyperparameters for place, (_, hyperparameters) in chosen.items()}
+
+
+def report(lines: Sequence[Line]) -> str:
+    """A table in Markdown."""
+    body = [HEADER, ("---",) * len(HEADER), *map(entries, rows(lines))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in body)
+
+
+def entries(row: Row) -> tuple[str, ...]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    gain, count = "", str(row.ap.n)
+    if row.gain is not None:
+        gain = row.gain.text("+")
+        if row.gain.n < row.ap.n:
+            count += f" ({row.gain.n} paired)"
+    others = map(number, row.others.values())
+    first = (row.detector, row.method, row.setting)
+    return (*first, row.ap.text(), gain, count, *others, number(row.teacher_ap))
+
+
+def gains_plot(lines: Sequence[Line], file: Path) -> None:
+    """Paired gains with their intervals, by detector and method."""
+    shown = [row for row in rows(lines) if row.gain is not None]
+    detectors = list(dict.fromkeys(row.detector for row in shown))
+    methods = list(dict.fromkeys(row.method for row in shown))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, method in enumerate(methods):
+        own = [row for row in shown if row.method == method]
+        shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+        at = [detectors.index(row.detector) + shift for row in own]
+        gains = [row.gain.mean for row in own]
+        axes.errorbar(at, gains, [row.gain.half for row in own], fmt="o", capsize=3, label=method)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_xticks(range(len(detectors)), detectors)
+    axes.set_ylabel("gain over the plain student, AP points")
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def teachers_plot(lines: Sequence[Line], file: Path) -> None:
+    """A student's AP over its teacher's; the plain student's as a line."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, row in enumerate(rows(lines)):
+        colour = f"C{index}"
+        if row.teacher_ap is None:
+            axes.axhline(row.ap.mean, color="gray", linewidth=0.8, label="plain student")
+        else:
+            axes.errorbar(
+                row.teacher_ap,
+                row.ap.mean,
+                row.ap.half,
+                fmt="o",
+                capsize=3,
+                color=colour,
+                label=f"{row.method}, {row.setting}",
+            )
+    axes.set_xlabel("teacher's AP")
+    axes.set_ylabel("student's AP")
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(file, dpi=120)

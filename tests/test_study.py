@@ -1,0 +1,281 @@
+"""The study: its runs are paired, resumed and never repeated; its tables are as by hand."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+import study  # noqa: E402
+import study_tables  # noqa: E402
+
+CPU = torch.device("cpu")
+DATA = study.Data(held_out_seed=7, train_images=16, held_out_images=4)
+PLAIN = study.plain_run("fcos", 3, DATA, steps=2)
+DISTILLED = replace(
+    PLAIN,
+    teacher=study.Teacher(shape=(6, 1, 32), steps=2),
+    method="featkd",
+    hyperparameters=study.CANDIDATES["featkd"][0],
+)
+
+
+def line_of(run: study.Run, ap: float, teacher_ap: float | None = None) -> dict[str, Any]:
+    metrics = dict.fromkeys(study.COLUMNS, ap) | {"ap_s": None}
+    return {**json.loads(run.identity), **metrics, "teacher_ap": teacher_ap}
+
+
+# --- what is run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["tune", "ablation", "relations", "attention", "sensitivity"])
+def test_every_distilled_run_has_a_plain_student_beside_it(table: str) -> None:
+    runs = study.TABLES[table]([])
+    assert len({run.identity for run in runs}) == len(runs)
+    plain = {run.identity for run in runs if run.method == "none"}
+    for run in runs:
+        paired = replace(run, method="none", teacher=None, hyperparameters={})
+        assert paired.identity in plain
+
+
+def test_every_method_is_tuned_with_as_many_candidates() -> None:
+    assert set(study.CANDIDATES) == set(study.LOSSES)
+    assert {len(candidates) for candidates in study.CANDIDATES.values()} == {4}
+
+
+def test_the_main_table_wants_the_tune_table_and_takes_the_best_of_it() -> None:
+    tune = study.tune_runs([])
+    ap = {"beta": {8.0: 0.5}, "weight": {4.0: 0.6}}
+    lines = []
+    for run in tune:
+        name = "beta" if run.method == "featkd" else "weight"
+        lines.append(line_of(run, ap[name].get(run.hyperparameters.get(name), 0.1)))
+    with pytest.raises(LookupError, match="1 of its runs"):
+        study.main_runs(lines[1:])
+    runs = study.main_runs(lines)
+    assert len(runs) == 3 * 8 * 5
+    assert {run.hyperparameters["beta"] for run in runs if run.method == "featkd"} == {8.0}
+    assert {run.hyperparameters["weight"] for run in runs if run.method == "pkd"} == {4.0}
+
+
+def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
+    tune = study.tune_runs([])
+    runs = study.main_runs([line_of(run, 0.5) for run in tune])
+    for name in study.TABLES.keys() - {"tune", "main", "quick"}:
+        runs += study.TABLES[name]([])
+    reported, chosen = ({run.seed for run in each} for each in (runs, tune))
+    assert not reported & chosen
+    assert study.Teacher().seed not in reported | chosen
+    held_out = [{run.data.held_out_seed for run in each} for each in (runs, tune)]
+    assert not held_out[0] & held_out[1]
+
+
+def test_a_run_is_known_by_its_json_and_a_teacher_s_weights_by_its_training() -> None:
+    assert study.identity(json.loads(json.dumps(line_of(DISTILLED, 0.5)))) == DISTILLED.identity
+    assert replace(DISTILLED, seed=4).identity != DISTILLED.identity
+    teacher = study.teacher_of(DISTILLED)
+    elsewhere = replace(teacher, data=replace(DATA, held_out_seed=8))
+    assert elsewhere.identity != teacher.identity
+    assert elsewhere.name == teacher.name
+    assert replace(teacher, steps=3).name != teacher.name
+
+
+def test_a_line_leaves_out_defaults_alone() -> None:
+    for settings in (*study.RELATIONS, *study.ATTENTION, *study.SENSITIVITY):
+        whole = study.featkd.Hyperparameters(**settings)
+        assert study.settings_of(whole) == settings
+    assert study.ATTENTION[0]["masked_attention"] == "spatial"
+    assert "masked_attention" not in study.ATTENTION[2]
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_every_method_the_same_student(tmp_path: Path) -> None:
+    teacher = study.teacher_of(DISTILLED)
+    weights = study.new_model(teacher, tmp_path, CPU).student.state_dict()
+    torch.save(weights, tmp_path / f"{teacher.name}.pt")
+    start = study.new_model(PLAIN, tmp_path, CPU).student.state_dict()
+    for method, (hyperparameters, *_) in study.CANDIDATES.items():
+        run = replace(DISTILLED, method=method, hyperparameters=hyperparameters)
+        model = study.new_model(run, tmp_path, CPU)
+        state = model.student.state_dict()
+        assert list(state) == list(start)
+        assert all(torch.equal(state[name], start[name]) for name in start)
+    other = study.new_model(replace(PLAIN, seed=4), tmp_path, CPU).student.state_dict()
+    assert not torch.equal(other["backbone.body.conv1.weight"], start["backbone.body.conv1.weight"])
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import training
+
+    whole = study.perform(PLAIN, tmp_path, "cpu")
+    (tmp_path / f"{PLAIN.name}.checkpoint.pt").unlink()
+    (tmp_path / f"{PLAIN.name}.pt").unlink()
+
+    def kill(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(study, "evaluate", kill)
+        with pytest.raises(KeyboardInterrupt):
+            study.perform(PLAIN, tmp_path, "cpu")
+    # Both steps are done: nothing is trained again.
+    monkeypatch.setattr(training, "backward", kill)
+    resumed = study.perform(PLAIN, tmp_path, "cpu")
+    assert [resumed[name] for name in study.COLUMNS] == [whole[name] for name in study.COLUMNS]
+    assert study.identity(resumed) == PLAIN.identity
+    assert (tmp_path / f"{PLAIN.name}.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_table_is_run_once_and_its_lines_become_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lines_file = tmp_path / "results" / "study.jsonl"
+    broken = replace(DISTILLED, hyperparameters={"unknown": 1})
+    table = [broken, PLAIN, DISTILLED]
+    monkeypatch.setattr(study, "LINES", lines_file)
+    monkeypatch.setattr(study, "TABLES", {"attention": lambda lines: table})
+    command = ["run", "attention", "--workers", "1", "--output", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit, match="failed runs: 1"):
+        study.main(command)
+    assert f"{broken.name} failed" in capsys.readouterr().out
+    table.remove(broken)
+    written = lines_file.read_bytes()
+    lines = {line["method"]: line for line in map(json.loads, written.splitlines())}
+    assert list(lines) == ["teacher", "none", "featkd"]
+    assert study.identity(lines["featkd"]) == DISTILLED.identity
+    assert lines["featkd"]["teacher_ap"] == lines["teacher"]["ap"]
+    assert lines["none"]["teacher_ap"] is lines["none"]["teacher"] is None
+    assert lines["none"].keys() > {*study.COLUMNS, "seconds", "device", "versions"}
+    left = {file.name for file in (tmp_path / "runs").glob("fcos-[!t]*")}
+    assert left == {f"{PLAIN.name}.pt", f"{DISTILLED.name}.pt", f"{broken.name}.log"}
+
+    with monkeypatch.context() as idle:
+        idle.setattr(study, "worker_pool", None)
+        study.main(command)
+    assert lines_file.read_bytes() == written
+
+    study.main(["tables"])
+    report = lines_file.with_suffix(".md").read_text()
+    assert report.count("| fcos |") == 2
+
+
+# --- the lines ------------------------------------------------------------------------------------
+
+
+def test_a_half_written_line_is_cut_off_and_its_run_is_pending(tmp_path: Path) -> None:
+    file = tmp_path / "study.jsonl"
+    assert study.read_lines(file) == []
+    study.append_line(file, line_of(PLAIN, 0.4))
+    whole = file.read_bytes()
+    study.append_line(file, line_of(DISTILLED, 0.5, 0.7))
+    file.write_bytes(file.read_bytes()[:-40])
+    lines = study.read_lines(file)
+    assert lines == [line_of(PLAIN, 0.4)]
+    assert file.read_bytes() == whole
+    assert study.pending([PLAIN, DISTILLED, DISTILLED], lines) == [DISTILLED]
+    study.append_line(file, line_of(DISTILLED, 0.5, 0.7))
+    assert study.pending([PLAIN, DISTILLED], study.read_lines(file)) == []
+
+
+def test_the_last_of_two_lines_of_a_run_counts(tmp_path: Path) -> None:
+    file = tmp_path / "study.jsonl"
+    for ap in (0.4, 0.6):
+        study.append_line(file, line_of(PLAIN, ap))
+    assert [line["ap"] for line in study.read_lines(file)] == [0.6]
+
+
+def test_a_table_s_lines_are_in_the_order_of_its_runs() -> None:
+    lines = [line_of(run, 0.5) for run in (DISTILLED, replace(PLAIN, seed=9), PLAIN)]
+    found = study.lines_of([PLAIN, replace(PLAIN, seed=8), DISTILLED], lines)
+    assert [line["method"] for line in found] == ["none", "featkd"]
+
+
+def test_a_teacher_is_trained_where_its_line_or_its_weights_are_missing(tmp_path: Path) -> None:
+    teacher = study.teacher_of(DISTILLED)
+    runs, lines = [PLAIN, DISTILLED, replace(DISTILLED, seed=4)], [line_of(teacher, 0.7)]
+    assert study.teachers_to_train(runs, lines, tmp_path) == [teacher]
+    (tmp_path / f"{teacher.name}.pt").touch()
+    assert study.teachers_to_train(runs, lines, tmp_path) == []
+    assert study.teachers_to_train(runs, [], tmp_path) == [teacher]
+    assert study.teachers_to_train([PLAIN], [], tmp_path) == []
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def seeds(run: study.Run, *aps: float, teacher_ap: float | None = None) -> list[dict[str, Any]]:
+    return [line_of(replace(run, seed=i), ap, teacher_ap) for i, ap in enumerate(aps)]
+
+
+def test_an_interval_is_student_s() -> None:
+    # mean 3, s = sqrt(2.5), t_{0.975, 4} = 2.776445
+    found = study_tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3
+    assert found.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert found.text("+") == "+3.00 ± 1.96"
+    assert study_tables.interval([2.0]).text() == "2.00"
+
+
+def test_a_gain_is_paired_by_seed() -> None:
+    lines = seeds(PLAIN, 0.40, 0.60) + seeds(DISTILLED, 0.43, 0.62, 0.90, teacher_ap=0.8)
+    plain, distilled = study_tables.rows(lines)
+    assert plain.ap.mean == pytest.approx(50)
+    assert plain.gain is None
+    assert distilled.ap.mean == pytest.approx(65)
+    # 3 and 2 points: mean 2.5, s = sqrt(1/2), t_{0.975, 1} = 12.706205
+    assert distilled.gain.mean == pytest.approx(2.5)
+    assert distilled.gain.half == pytest.approx(12.706205 / 2, rel=1e-6)
+    assert distilled.gain.n == 2
+    assert distilled.teacher_ap == pytest.approx(80)
+    # 43, 62, 90: s = sqrt(559), t_{0.975, 2} = 4.302653
+    report = study_tables.report(lines).splitlines()
+    assert report[0].startswith("| detector | method | setting | AP | gain | n | AP50 |")
+    assert "| fcos | featkd |  | 65.00 ± 58.73 | +2.50 ± 6.35 | 3 (2 paired) | 65.0 |" in report[3]
+    assert "|  |" in report[2]
+
+
+def test_a_gain_has_no_partner_of_other_data_steps_or_detector() -> None:
+    other = [replace(PLAIN, steps=9), replace(PLAIN, data=replace(DATA, held_out_seed=9))]
+    other.append(replace(PLAIN, detector="retinanet"))
+    (distilled,) = [line_of(DISTILLED, 0.5)]
+    assert study_tables.paired_gains([distilled], [line_of(run, 0.1) for run in other]) == []
+
+
+def test_the_setting_says_what_differs_and_nothing_else() -> None:
+    lines = []
+    for settings in study.RELATIONS:
+        lines += seeds(replace(DISTILLED, hyperparameters=settings), 0.5, teacher_ap=0.7)
+    found = [row.setting for row in study_tables.rows(lines)]
+    kinds = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+    assert found == [f"kind {kind}" for kind in kinds]
+    wider = replace(DISTILLED, teacher=replace(DISTILLED.teacher, shape=(8, 1, 32)))
+    lines = seeds(DISTILLED, 0.5) + seeds(wider, 0.5)
+    assert [row.setting for row in study_tables.rows(lines)] == ["teacher 6-1-32", "teacher 8-1-32"]
+
+
+def test_the_best_candidate_has_the_highest_mean_over_its_seeds() -> None:
+    first, second, third, _ = (
+        replace(DISTILLED, hyperparameters=each) for each in study.CANDIDATES["featkd"]
+    )
+    lines = seeds(PLAIN, 0.99, 0.99) + seeds(first, 0.1, 0.9)
+    lines += seeds(second, 0.55, 0.56) + seeds(third, 0.5, 0.5)
+    assert study_tables.best(lines) == {("fcos", "featkd"): second.hyperparameters}
+
+
+def test_the_plots_are_drawn_even_of_single_seeds(tmp_path: Path) -> None:
+    lines = seeds(PLAIN, 0.4) + seeds(DISTILLED, 0.5, teacher_ap=0.7)
+    study_tables.gains_plot(lines, tmp_path / "gains.png")
+    study_tables.teachers_plot(lines, tmp_path / "teachers.png")
+    for name in ("gains.png", "teachers.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
