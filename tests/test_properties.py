@@ -1,4 +1,7 @@
-"""What the mathematics promises for any input, each found by hypothesis in float64 with H != W."""
+"""What the mathematics promises for any input, each found by hypothesis in float64 with H != W.
+
+What any distance of feature maps promises comes from `featkd.testing`; the rest is this paper's.
+"""
 
 import functools
 import math
@@ -7,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import FUSIONS, KINDS, REDUCTIONS, close, normal
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from featkd import (
     gaussian_relation,
     non_local_loss,
     spatial_attention,
+    testing,
 )
 
 # --- strategies and helpers -----------------------------------------------------------------------
@@ -38,9 +42,12 @@ reductions = st.sampled_from(REDUCTIONS)
 positions = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 
+pairs = testing.feature_pairs(magnitudes=[1e-3, 1.0, 30.0])
+
+
 @st.composite
-def feature_pairs(draw):
-    """Features of student and teacher, (B, C, H, W), of any magnitude."""
+def generic_pairs(draw):
+    """Features of student and teacher without zeros and ties."""
     shape = (draw(counts), draw(counts), *draw(sizes))
     seed, magnitude = draw(seeds), draw(magnitudes)
     return magnitude * normal(*shape, seed=seed), magnitude * normal(*shape, seed=seed + 1)
@@ -91,6 +98,11 @@ def masked(student, teacher, **options):
     return attention_masked_loss(student, teacher, **masks, **options)
 
 
+def masked_as(student, teacher, **options):
+    """L_AM with the masks of this pair, whatever features it is called with."""
+    return functools.partial(attention_masked_loss, **masks_of(student, teacher), **options)
+
+
 LOSSES = [attention_transfer_loss, masked, non_local_loss]
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
@@ -115,7 +127,7 @@ def permutation(count: int, seed: int) -> Tensor:
 # --- masks ----------------------------------------------------------------------------------------
 
 
-@given(feature_pairs(), temperatures, fusions)
+@given(pairs, temperatures, fusions)
 def test_a_mask_has_mean_1_over_each_image(pair, temperature, fusion):
     for maps in maps_of(*pair).values():
         mask = attention_mask(*maps, temperature=temperature, fusion=fusion)
@@ -124,7 +136,7 @@ def test_a_mask_has_mean_1_over_each_image(pair, temperature, fusion):
         close(mask.flatten(1).mean(1), torch.ones(len(mask)))
 
 
-@given(feature_pairs(), temperatures, factors, fusions)
+@given(pairs, temperatures, factors, fusions)
 def test_a_mask_is_unchanged_if_maps_and_temperature_scale_alike(pair, temperature, k, fusion):
     for maps in maps_of(*pair).values():
         mask = attention_mask(*maps, temperature=temperature, fusion=fusion)
@@ -134,14 +146,14 @@ def test_a_mask_is_unchanged_if_maps_and_temperature_scale_alike(pair, temperatu
         close(scaled, mask)
 
 
-@given(feature_pairs(), fusions)
+@given(pairs, fusions)
 def test_a_mask_of_infinite_temperature_is_ones(pair, fusion):
     for maps in maps_of(*pair).values():
         mask = attention_mask(*maps, temperature=1e12, fusion=fusion)
         close(mask, torch.ones_like(mask), 1e-9)
 
 
-@given(feature_pairs(), fusions)
+@given(generic_pairs(), fusions)
 def test_a_mask_of_temperature_near_0_is_all_on_the_largest_element(pair, fusion):
     for attention, _ in maps_of(*pair).values():
         mask = attention_mask(attention, attention, temperature=1e-12, fusion=fusion).flatten(1)
@@ -149,7 +161,7 @@ def test_a_mask_of_temperature_near_0_is_all_on_the_largest_element(pair, fusion
         close(mask, torch.zeros_like(mask).scatter(1, largest, float(mask.shape[1])), 1e-6)
 
 
-@given(feature_pairs(), temperatures, fusions)
+@given(pairs, temperatures, fusions)
 def test_a_mask_grows_with_the_attention(pair, temperature, fusion):
     for attention, _ in maps_of(*pair).values():
         mask = attention_mask(attention, attention, temperature=temperature, fusion=fusion)
@@ -157,7 +169,7 @@ def test_a_mask_grows_with_the_attention(pair, temperature, fusion):
         assert (mask.flatten(1).gather(1, order).diff(dim=1) >= 0).all()
 
 
-@given(feature_pairs(), st.floats(-100, 100), fusions)
+@given(pairs, st.floats(-100, 100), fusions)
 def test_a_mask_is_unchanged_if_a_constant_is_added_to_a_map(pair, constant, fusion):
     for student, teacher in maps_of(*pair).values():
         mask = attention_mask(student, teacher, temperature=0.5, fusion=fusion)
@@ -167,7 +179,7 @@ def test_a_mask_is_unchanged_if_a_constant_is_added_to_a_map(pair, constant, fus
 # --- symmetries -----------------------------------------------------------------------------------
 
 
-@given(feature_pairs(), seeds)
+@given(pairs, seeds)
 def test_permuting_the_channels(pair, seed):
     student, teacher = pair
     order = permutation(student.shape[1], seed)
@@ -176,6 +188,7 @@ def test_permuting_the_channels(pair, seed):
     close(channel_attention(permuted[0]), channel_attention(student)[:, order])
     for loss in LOSSES:
         close(loss(*permuted), loss(student, teacher))
+        testing.assert_channel_permutation_invariant(loss, student, teacher)
 
 
 @each_kind
@@ -187,17 +200,17 @@ def test_permuting_the_channels_of_a_relation(kind, data):
     close(permuted, RELATION[kind](*embedded, g)[:, values])
 
 
-@each_symmetry
-@given(feature_pairs())
-def test_moving_the_positions_moves_the_maps_and_leaves_the_losses(move, pair):
-    student, teacher = pair
-    moved = move(student), move(teacher)
-    close(spatial_attention(moved[0]), move(spatial_attention(student)))
-    close(channel_attention(moved[0]), channel_attention(student))
-    close(masks_of(*moved)["spatial_mask"], move(masks_of(*pair)["spatial_mask"]))
-    close(masks_of(*moved)["channel_mask"], masks_of(*pair)["channel_mask"])
-    for loss in LOSSES:
-        close(loss(*moved), loss(*pair))
+@given(pairs)
+def test_moving_the_positions_moves_the_maps_and_leaves_the_losses(pair):
+    results = [
+        lambda s, t: spatial_attention(s) - 2 * spatial_attention(t),
+        lambda s, t: channel_attention(s) - 2 * channel_attention(t),
+        lambda s, t: masks_of(s, t)["spatial_mask"],
+        lambda s, t: masks_of(s, t)["channel_mask"],
+        *LOSSES,
+    ]
+    for result in results:
+        testing.assert_spatially_equivariant(result, *pair)
 
 
 @each_symmetry
@@ -217,26 +230,44 @@ def test_moving_the_keys_alone_leaves_the_relation(kind, move, data):
 
 
 @each_loss
-@given(feature_pairs())
+@given(pairs)
 def test_student_and_teacher_have_the_same_distance_either_way(loss, pair):
     close(loss(*pair), loss(*reversed(pair)))
+
+
+# --- what any distance promises, at any magnitude -------------------------------------------------
+
+
+@pytest.mark.parametrize("holds", testing.DISTANCE, ids=lambda holds: holds.__name__)
+@pytest.mark.parametrize("loss", [attention_transfer_loss, attention_masked_loss, non_local_loss])
+def test_a_loss_is_a_distance(loss, holds):
+    testing.check(loss, [holds])
+
+
+@pytest.mark.parametrize("holds", testing.LOSS, ids=lambda holds: holds.__name__)
+@pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
+def test_a_module_with_adapters_keeps_what_any_loss_does(build, holds):
+    unlike = testing.feature_pairs(channels=4, teacher_channels=3, magnitudes=[1e-3, 1.0])
+    few = settings(max_examples=10, deadline=None)
+    testing.check(build(4, 3).double(), [holds], pairs=unlike, settings=few)
 
 
 # --- equality and descent -------------------------------------------------------------------------
 
 
 @each_loss
-@given(feature_pairs(), reductions)
+@given(pairs, reductions)
 def test_equal_features_give_0_with_gradient_0(loss, pair, reduction):
+    reduced = functools.partial(loss, reduction=reduction)
+    testing.assert_zero_at_equality(reduced, *pair)
+    testing.assert_finite_gradient_at_equality(reduced, *pair)
     student = pair[0].clone().requires_grad_()
-    value = loss(student, pair[0], reduction=reduction)
-    close(value, torch.zeros_like(value), 0.0)
-    value.sum().backward()
+    reduced(student, pair[0]).sum().backward()
     close(student.grad, torch.zeros_like(student), 0.0)
 
 
 @each_loss
-@given(feature_pairs(), reductions)
+@given(generic_pairs(), reductions)
 def test_one_equal_image_leaves_the_gradient_finite(loss, pair, reduction):
     student, teacher = torch.cat([pair[0], pair[0]]).requires_grad_(), torch.cat(pair)
     loss(student, teacher, reduction=reduction).sum().backward()
@@ -247,34 +278,30 @@ def test_one_equal_image_leaves_the_gradient_finite(loss, pair, reduction):
 
 
 @each_loss
-@given(feature_pairs(), reductions)
+@given(pairs, reductions)
 def test_one_gradient_step_lowers_the_loss(loss, pair, reduction):
-    student, teacher = pair[0].clone().requires_grad_(), pair[1]
-    with torch.no_grad():
-        masks = masks_of(student, teacher) if loss is masked else {}
-    distance = attention_masked_loss if loss is masked else loss
-    before = distance(student, teacher, reduction=reduction, **masks).sum()
-    (gradient,) = torch.autograd.grad(before, student)
-    step = 1e-5 * student.detach().abs().min() / gradient.abs().max()  # no sign changes
-    after = distance(student - step * gradient, teacher, reduction=reduction, **masks).sum()
-    assert after < before
+    distance = masked_as(*pair) if loss is masked else loss
+    reduced = functools.partial(distance, reduction=reduction)
+    testing.assert_gradient_matches_finite_differences(reduced, *pair)
+    testing.assert_descends(reduced, *pair)
 
 
 @pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
-@given(feature_pairs())
+@given(generic_pairs())
 def test_the_gradient_reaches_the_student_only(build, pair):
-    student, teacher = (features.clone().requires_grad_() for features in pair)
-    channels = student.shape[1]
-    build(channels, channels).double()(student, teacher).backward()
+    channels = pair[0].shape[1]
+    loss = build(channels, channels).double()
+    testing.assert_gradient_reaches_student_only(loss, *pair)
+    student = pair[0].clone().requires_grad_()
+    loss(student, pair[1]).backward()
     assert student.grad.any()
-    assert teacher.grad is None
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
 @each_loss
-@given(feature_pairs())
+@given(generic_pairs())
 def test_duplicating_the_batch(loss, pair):
     twice = [torch.cat([features, features]) for features in pair]
     ratio = {"mean": 1, "sum": 2, "norm": math.sqrt(2)}
@@ -284,17 +311,15 @@ def test_duplicating_the_batch(loss, pair):
 
 
 @each_loss
-@given(feature_pairs(), seeds)
-def test_concatenating_batches(loss, pair, seed):
-    more = [normal(*features[:1].shape, seed=seed + i) for i, features in enumerate(pair)]
-    both = [torch.cat(features) for features in zip(pair, more, strict=True)]
-    parts = torch.cat([loss(*pair, reduction="none"), loss(*more, reduction="none")])
-    close(loss(*both, reduction="none"), parts)
-    close(loss(*both), parts.mean())
+@given(pairs)
+def test_a_batch_has_the_losses_of_its_images(loss, pair):
+    for reduction, rule in {"none": "mean", "mean": "mean", "sum": "sum"}.items():
+        reduced = functools.partial(loss, reduction=reduction)
+        testing.assert_batch_consistent(reduced, *pair, reduction=rule)
 
 
 @each_loss
-@given(feature_pairs(), seeds)
+@given(pairs, seeds)
 def test_the_mean_over_equal_ranks_is_the_mean_of_the_whole(loss, pair, seed):
     other = [normal(*features.shape, seed=seed + i) for i, features in enumerate(pair)]
     whole = [torch.cat(features) for features in zip(pair, other, strict=True)]
@@ -313,7 +338,7 @@ def test_a_relation_treats_each_image_alone(kind, data):
 # --- scale ----------------------------------------------------------------------------------------
 
 
-@given(feature_pairs(), factors)
+@given(pairs, factors)
 def test_attention_and_losses_are_linear_in_the_scale(pair, k):
     student, teacher = pair
     close(spatial_attention(-k * student), k * spatial_attention(student))
@@ -322,13 +347,13 @@ def test_attention_and_losses_are_linear_in_the_scale(pair, k):
         close(loss(-k * student, -k * teacher) / k, loss(student, teacher))
 
 
-@given(feature_pairs(), factors)
+@given(pairs, factors)
 def test_signed_attention_is_odd(pair, k):
     for attention in (spatial_attention, channel_attention):
         close(attention(-k * pair[0], absolute=False), -k * attention(pair[0], absolute=False))
 
 
-@given(feature_pairs(), factors, factors)
+@given(pairs, factors, factors)
 def test_a_mask_enters_the_masked_loss_by_its_square_root(pair, k, m):
     masks = masks_of(*pair)
     scaled = {"spatial_mask": k * masks["spatial_mask"], "channel_mask": m * masks["channel_mask"]}
@@ -426,7 +451,7 @@ def test_the_gaussian_is_the_embedded_gaussian_of_the_features(data):
 
 
 @pytest.mark.parametrize("name", ["transfer", "masked"])  # a relation's g has a bias
-@given(feature_pairs(), reductions)
+@given(generic_pairs(), reductions)
 def test_a_normalized_loss_of_a_student_of_zeros_is_1(name, pair, reduction):
     channels = pair[1].shape[1]
     loss = MODULES[name](channels, channels, normalize=True, reduction=reduction).double()
@@ -437,14 +462,14 @@ def test_a_normalized_loss_of_a_student_of_zeros_is_1(name, pair, reduction):
         close(value, torch.as_tensor(expected[reduction]))
 
 
-@given(feature_pairs(), factors)
+@given(generic_pairs(), factors)
 def test_a_normalized_transfer_loss_does_not_depend_on_the_scale(pair, k):
     channels = pair[1].shape[1]
     loss = featkd.AttentionTransferLoss(channels, channels, normalize=True).double()
     close(loss(k * pair[0], k * pair[1]), loss(*pair))
 
 
-@given(feature_pairs(), st.sampled_from(KINDS))
+@given(generic_pairs(), st.sampled_from(KINDS))
 def test_a_gradient_step_on_student_and_adapters_lowers_the_total(pair, kind):
     channels = pair[0].shape[1]
     hyperparameters = featkd.Hyperparameters(1.0, 1.0, 1.0, 1e6, kind=kind)

@@ -24,7 +24,7 @@ def test_the_code_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"loader": [(images, targets)]}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert names["total"].isfinite()
     assert set(names["match"].layers) >= {"c3", "c4", "c5"}
     assert names["masked"] > 0
