@@ -46,7 +46,7 @@ COLUMNS = {
     "match_layers": ("`match_layers`", "finds the last stage of every stride, C1 to C5"),
     "compile_before_the_tap": (
         "compile before the tap",
-        "a tap made after the first compiled call is an error, not silence",
+        "a tap made after the first compiled call of a model of one stage is an error, not silence",
     ),
     "compile_after_the_tap": (
         "compile after the tap",
@@ -84,7 +84,7 @@ def section(file: Path) -> str:
         f"## {title}",
         f"{suite.get('timestamp')[:10]}, {', '.join(versions)}; {count(passed, pairs)}. Made by:",
         f"```bash\n{command}\n```",
-        cells(passed, properties),
+        cells(module, passed, properties),
     ]
     if pairs:
         rows = [[*pair.split(" to "), mark(passed)] for pair, passed in pairs.items()]
@@ -102,16 +102,18 @@ def results(suite: ElementTree.Element) -> dict[str, dict[str, bool]]:
     return found
 
 
-def cells(passed: dict[str, dict[str, bool]], reasons: dict[str, str]) -> str:
+def cells(module: str, passed: dict[str, dict[str, bool]], reasons: dict[str, str]) -> str:
     """The table of models by columns, with a note for each reason why a cell has no test."""
     models = list(dict.fromkeys(model for column in passed.values() for model in column))
-    notes: dict[str, int] = {}
+    notes: dict[str, str] = {}
 
     def cell(column: str, model: str) -> str:
         if model in passed[column]:
             return mark(passed[column][model])
         reason = reasons.get(f"test_{column}[{model}]")
-        return f"{NO_TEST}[^{notes.setdefault(reason, len(notes) + 1)}]" if reason else "not run"
+        if not reason:
+            return "not run"
+        return f"{NO_TEST}[^{notes.setdefault(reason, f'{module}-{len(notes) + 1}')}]"
 
     columns = sorted(passed, key=lambda column: [*COLUMNS, column].index(column))
     headings = [COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ") for name in columns]
@@ -119,7 +121,7 @@ def cells(passed: dict[str, dict[str, bool]], reasons: dict[str, str]) -> str:
     return "\n\n".join(
         [
             table(["", *headings], rows),
-            *(f"[^{number}]: {reason}." for reason, number in notes.items()),
+            *(f"[^{label}]: {reason}." for reason, label in notes.items()),
         ]
     )
 
