@@ -21,6 +21,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from hashlib import sha256
 from itertools import combinations
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from baselines import (
     move_last_relu,
 )
 from measure import RESULTS, provenance
-from study_tables import best, gains_plot, report, teachers_plot
+from study_tables import best, gains_plot, report, sensitivity_plot, teachers_plot
+from study_variants import featkd_loss
 from torch import nn
 from tqdm import tqdm
 
@@ -124,7 +126,12 @@ def teacher_of(run: Run) -> Run:
 
 # Weights and settings are chosen on other seeds and other held-out scenes than those reported.
 MAIN, TUNE = Data(2**32), Data(2**31)
-MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS = range(20, 25), range(20, 23), range(2)
+MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
+    range(20, 25),
+    range(20, 23),
+    range(2),
+    range(3),
+)
 # Whose tuned settings a detector gets.
 TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
 
@@ -196,14 +203,17 @@ def quick_runs(lines: Iterable[Line]) -> list[Run]:
 
 
 def secondary_runs(
-    settings: list[dict[str, Any]], teachers: Sequence[Teacher] = (Teacher(),)
+    settings: list[dict[str, Any]],
+    teachers: Sequence[Teacher] = (Teacher(),),
+    seeds: Sequence[int] = SECONDARY_SEEDS,
+    data: Data = MAIN,
 ) -> Callable[[Iterable[Line]], list[Run]]:
     """featkd at several settings, one detector and fewer seeds."""
 
     def runs(lines: Iterable[Line]) -> list[Run]:
         result = []
-        for seed in SECONDARY_SEEDS:
-            plain = plain_run("fcos", seed, MAIN)
+        for seed in seeds:
+            plain = plain_run("fcos", seed, data)
             result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
         return result
 
@@ -246,11 +256,39 @@ SENSITIVITY = [
     ),
     *(settings_of(ALL_TERMS, temperature=value) for value in (0.1, 0.25, 1.0, 2.0)),
 ]
+PRESETS = [
+    settings_of(featkd.NORMALIZED),
+    *(settings_of(featkd.NORMALIZED, temperature=value) for value in (1e6, 0.1)),
+    *(settings_of(featkd.NORMALIZED, temperature=t) | {"masks": "spread"} for t in (1.0, 2.0, 4.0)),
+    settings_of(featkd.NORMALIZED) | {"taps": "fpn"},
+    settings_of(featkd.ONE_STAGE),
+    settings_of(featkd.TWO_STAGE),
+    settings_of(featkd.RELEASED_ONE_STAGE),
+    settings_of(featkd.RELEASED_TWO_STAGE),
+]
+OPEN = [
+    settings_of(featkd.NORMALIZED),
+    settings_of(featkd.NORMALIZED, fusion="probabilities"),
+    # The norm of 8 images' norms is about sqrt(8) times their mean.
+    settings_of(featkd.NORMALIZED, reduction="norm", beta=4 / sqrt(8)),
+    settings_of(featkd.NORMALIZED) | {"masks": "live"},
+    # The teacher's features have a root mean square of about 0.01.
+    settings_of(featkd.NORMALIZED, normalize=False, beta=400.0) | {"unit": "element"},
+    *(settings_of(featkd.NORMALIZED) | {"schedule": name} for name in ("warm-up", "decay")),
+    *(
+        with_terms("gamma", teacher_relation=of_teacher, residual=residual)
+        for of_teacher in ("fixed", "trained")
+        for residual in (False, True)
+    ),
+    with_terms("gamma") | {"relation": "tied"},
+]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.
 TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "tune": tune_runs,
+    "presets": secondary_runs(PRESETS, seeds=OPEN_SEEDS, data=TUNE),
+    "open": secondary_runs(OPEN, seeds=OPEN_SEEDS, data=TUNE),
     "main": main_runs,
     "ablation": secondary_runs(ABLATION),
     "relations": secondary_runs(RELATIONS),
@@ -262,11 +300,6 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
 
 
 # --- one run --------------------------------------------------------------------------------------
-
-
-def featkd_loss(*channels: Mapping[str, int], **hyperparameters: Any) -> nn.Module:
-    settings = featkd.Hyperparameters(**hyperparameters)
-    return featkd.FeatureDistillationLoss(*channels, hyperparameters=settings)
 
 
 def imitation_loss(student: Mapping[str, int], *others: Any, **hyperparameters: Any) -> nn.Module:
@@ -306,13 +339,11 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
         folder / f"{teacher_of(run).name}.pt", map_location="cpu", weights_only=True
     )
     teacher.load_state_dict(weights)
-    match = featkd.match_layers(student, teacher, [torch.zeros(3, SIZE, SIZE)])
-    layers = {level: paths for level, paths in match.layers.items() if paths[0] in LEVELS}
-    channels = [
-        {level: side[level] for level in layers}
-        for side in (match.student_channels, match.teacher_channels)
-    ]
-    loss = LOSSES[run.method](*channels, **run.hyperparameters)
+    layers, channels = tapped(run, student, teacher)
+    settings = dict(run.hyperparameters)
+    if run.method == "featkd":
+        settings["steps"] = run.steps
+    loss = LOSSES[run.method](*channels, **settings)
     if run.method == "fgfi":
         loss.watch(student)
     if run.method == "overhaul":
@@ -322,6 +353,20 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
         }
     teacher.to(device)
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
+
+
+def tapped(
+    run: Run, student: nn.Module, teacher: nn.Module
+) -> tuple[dict[str, tuple[str, str]], list[dict[str, int]]]:
+    """The levels' paths in both models, and both models' channels."""
+    if run.hyperparameters.get("taps") == "fpn":
+        paths = {f"p{i}": f"backbone[{i}]" for i in range(len(LEVELS))}
+        channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
+        return {level: (path, path) for level, path in paths.items()}, channels
+    match = featkd.match_layers(student, teacher, [torch.zeros(3, SIZE, SIZE)])
+    layers = {level: paths for level, paths in match.layers.items() if paths[0] in LEVELS}
+    sides = (match.student_channels, match.teacher_channels)
+    return layers, [{level: side[level] for level in layers} for side in sides]
 
 
 def ahead_of_last_relu(model: nn.Module, path: str) -> str:
@@ -535,6 +580,9 @@ def write_tables(options: argparse.Namespace) -> None:
         if name == "teachers":
             teachers_plot(found, LINES.with_name("study_teachers.png"))
             parts.append("![student over teacher](study_teachers.png)")
+        if name == "sensitivity":
+            sensitivity_plot(found, LINES.with_name("study_sensitivity.png"))
+            parts.append("![AP over each hyperparameter](study_sensitivity.png)")
         if name == "tune":
             chosen = best(found).items()
             items = [f"- {detector}, {method}: {values}" for (detector, method), values in chosen]

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, nan, sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from scipy.stats import t
-
-import featkd
+from study_variants import NAMES, split
 
 Line = dict[str, Any]
 PLAIN = "none"
@@ -82,7 +81,8 @@ def facts(line: Line) -> dict[str, Any]:
     settings = line["hyperparameters"]
     if line["method"] == "featkd":
         # A line leaves out what is at its default.
-        settings = asdict(featkd.Hyperparameters(**settings))
+        hyperparameters, variants = split(settings)
+        settings = asdict(hyperparameters) | dict.fromkeys(NAMES, "") | variants
     shown = {name: "-".join(map(str, shape)) for name, shape in shapes.items() if shape}
     return shown | settings
 
@@ -155,6 +155,46 @@ def entries(row: Row) -> tuple[str, ...]:
     others = map(number, row.others.values())
     first = (row.detector, row.method, row.setting)
     return (*first, row.ap.text(), gain, count, *others, number(row.teacher_ap))
+
+
+def sweeps(lines: Iterable[Line]) -> dict[str, list[tuple[Any, list[Line]]]]:
+    """By name of a hyperparameter its values, ascending, and their cells.
+
+    The others stand at what most cells have.
+    """
+    lines = [line for line in lines if line["method"] == "featkd"]
+    found = [(facts(cell[0]), cell) for cell in cells(lines)]
+    names = varying(lines).get("featkd", [])
+    usual = {name: mode(own[name] for own, _ in found) for name in names}
+    return {
+        name: sorted(
+            (
+                (own[name], cell)
+                for own, cell in found
+                if all(own[other] == usual[other] for other in names if other != name)
+            ),
+            key=lambda point: point[0],
+        )
+        for name in names
+    }
+
+
+def sensitivity_plot(lines: Sequence[Line], file: Path) -> None:
+    """AP over each hyperparameter, the others fixed; the plain student's as a line."""
+    found = sweeps(lines)
+    plain = interval([100 * line["ap"] for line in lines if line["method"] == PLAIN])
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (name, points) in zip(grid, found.items(), strict=True):
+        aps = [interval([100 * line["ap"] for line in cell]) for _, cell in points]
+        values = [value for value, _ in points]
+        means, halves = [each.mean for each in aps], [each.half for each in aps]
+        axes.errorbar(values, means, halves, fmt="o-", capsize=3)
+        axes.axhline(plain.mean, color="gray", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(name)
+    grid[0].set_ylabel("AP; gray: the plain student's")
+    figure.savefig(file, dpi=120)
 
 
 def gains_plot(lines: Sequence[Line], file: Path) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import study  # noqa: E402
 import study_tables  # noqa: E402
+import study_variants  # noqa: E402
 
 CPU = torch.device("cpu")
 DATA = study.Data(held_out_seed=7, train_images=16, held_out_images=4)
@@ -34,7 +35,10 @@ def line_of(run: study.Run, ap: float, teacher_ap: float | None = None) -> dict[
 # --- what is run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", ["tune", "ablation", "relations", "attention", "sensitivity"])
+CHOOSING = {"tune", "presets", "open"}
+
+
+@pytest.mark.parametrize("table", sorted(study.TABLES.keys() - {"main", "quick"}))
 def test_every_distilled_run_has_a_plain_student_beside_it(table: str) -> None:
     runs = study.TABLES[table]([])
     assert len({run.identity for run in runs}) == len(runs)
@@ -66,13 +70,14 @@ def test_the_main_table_wants_the_tune_table_and_takes_the_best_of_it() -> None:
 
 def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
     tune = study.tune_runs([])
-    runs = study.main_runs([line_of(run, 0.5) for run in tune])
-    for name in study.TABLES.keys() - {"tune", "main", "quick"}:
-        runs += study.TABLES[name]([])
-    reported, chosen = ({run.seed for run in each} for each in (runs, tune))
+    runs = {name: study.TABLES[name]([]) for name in study.TABLES.keys() - {"main", "quick"}}
+    runs["main"] = study.main_runs([line_of(run, 0.5) for run in tune])
+    choosing = [run for name in CHOOSING for run in runs.pop(name)]
+    reporting = [run for each in runs.values() for run in each]
+    reported, chosen = ({run.seed for run in each} for each in (reporting, choosing))
     assert not reported & chosen
     assert study.Teacher().seed not in reported | chosen
-    held_out = [{run.data.held_out_seed for run in each} for each in (runs, tune)]
+    held_out = [{run.data.held_out_seed for run in each} for each in (reporting, choosing)]
     assert not held_out[0] & held_out[1]
 
 
@@ -87,9 +92,9 @@ def test_a_run_is_known_by_its_json_and_a_teacher_s_weights_by_its_training() ->
 
 
 def test_a_line_leaves_out_defaults_alone() -> None:
-    for settings in (*study.RELATIONS, *study.ATTENTION, *study.SENSITIVITY):
-        whole = study.featkd.Hyperparameters(**settings)
-        assert study.settings_of(whole) == settings
+    for settings in (*study.RELATIONS, *study.ATTENTION, *study.SENSITIVITY, *study.PRESETS):
+        whole, variants = study_variants.split(settings)
+        assert study.settings_of(whole) | variants == settings
     assert study.ATTENTION[0]["masked_attention"] == "spatial"
     assert "masked_attention" not in study.ATTENTION[2]
 
@@ -110,6 +115,100 @@ def test_the_same_seed_gives_every_method_the_same_student(tmp_path: Path) -> No
         assert all(torch.equal(state[name], start[name]) for name in start)
     other = study.new_model(replace(PLAIN, seed=4), tmp_path, CPU).student.state_dict()
     assert not torch.equal(other["backbone.body.conv1.weight"], start["backbone.body.conv1.weight"])
+
+
+# --- the variants ---------------------------------------------------------------------------------
+
+CHANNELS = {"c3": 3}, {"c3": 5}
+NORMALIZED = study.settings_of(study.featkd.NORMALIZED)
+
+
+def features(seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"c3": torch.randn(2, count, 4, 6, generator=generator)} for count in (3, 5)]
+
+
+def masked(**settings: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return study_variants.featkd_loss(*CHANNELS, 10, **NORMALIZED | settings)
+
+
+def test_without_a_variant_the_loss_is_the_library_s() -> None:
+    torch.manual_seed(0)
+    loss = study.featkd.FeatureDistillationLoss(*CHANNELS, hyperparameters=study.featkd.NORMALIZED)
+    assert masked()(*features()) == loss(*features())
+
+
+def test_live_masks_have_the_same_value_and_another_gradient() -> None:
+    gradients = []
+    for settings in ({}, {"masks": "live"}):
+        student, teacher = features()
+        student["c3"].requires_grad_()
+        value = masked(**settings)(student, teacher)["attention_masked"]
+        value.backward()
+        gradients.append((value.item(), student["c3"].grad))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    assert not torch.allclose(gradients[0][1], gradients[1][1], rtol=0.01)
+
+
+def test_a_temperature_in_units_of_the_spread_ignores_the_features_scale() -> None:
+    student, teacher = features()
+    larger = [{"c3": 100 * side["c3"]} for side in (student, teacher)]
+    loss = masked(masks="spread", temperature=2.0)
+    torch.testing.assert_close(loss(*larger), loss(student, teacher))
+    maps = study.featkd.spatial_attention(student["c3"]), torch.ones(2, 5)
+    assert torch.allclose(study_variants.standard(maps[0]).flatten(1).std(1), torch.ones(2))
+    assert torch.equal(study_variants.standard(maps[1]), maps[1])
+
+
+def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
+    by_element = masked(unit="element", normalize=False)
+    whole = masked(normalize=False)
+    by_element.levels["c3"].load_state_dict(
+        {key.replace(".c3.", ".features."): value for key, value in whole.state_dict().items()}
+    )
+    found, printed = by_element(*features()), whole(*features())
+    root = math.sqrt(5 * 4 * 6)
+    torch.testing.assert_close(found, {name: value / root for name, value in printed.items()})
+
+
+def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
+    plain = masked()(*features())["attention_masked"].item()
+    factors = {}
+    for schedule in ("warm-up", "decay"):
+        loss = masked(schedule=schedule)
+        steps = []
+        for _ in range(10):
+            fresh = masked(schedule=schedule)
+            fresh.load_state_dict(loss.state_dict())
+            steps.append(loss(*features())["attention_masked"].item() / plain)
+            again = fresh(*features())["attention_masked"].item() / plain
+            assert again == pytest.approx(steps[-1])
+        factors[schedule] = steps
+    assert factors["warm-up"] == pytest.approx([0, 0.5] + [1] * 8)
+    assert factors["decay"][0] == pytest.approx(1)
+    assert factors["decay"][5] == pytest.approx(0.5)
+    assert factors["decay"] == sorted(factors["decay"], reverse=True)
+
+
+def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
+    loss = masked(beta=0.0, gamma=1.0, relation="tied")
+    (module,) = loss.non_local.values()
+    adapter, relation = module.student_relation
+    assert relation is module.teacher_relation
+    student, teacher = features()
+    ours, theirs = relation(adapter(student["c3"])), relation(teacher["c3"])
+    expected = ((ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1)).mean()
+    assert loss(student, teacher)["non_local"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_fpn_s_outputs_can_be_tapped(tmp_path: Path) -> None:
+    run = replace(DISTILLED, hyperparameters=NORMALIZED | {"taps": "fpn"})
+    teacher = study.teacher_of(run)
+    weights = study.new_model(teacher, tmp_path, CPU).student.state_dict()
+    torch.save(weights, tmp_path / f"{teacher.name}.pt")
+    model = study.new_model(run, tmp_path, CPU)
+    assert model.loss.channels == dict.fromkeys(("p0", "p1", "p2"), (32, 32))
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(
@@ -264,6 +363,21 @@ def test_the_setting_says_what_differs_and_nothing_else() -> None:
     assert [row.setting for row in study_tables.rows(lines)] == ["teacher 6-1-32", "teacher 8-1-32"]
 
 
+def test_a_sweep_changes_one_hyperparameter_alone() -> None:
+    lines = []
+    for settings in study.SENSITIVITY:
+        lines += seeds(replace(DISTILLED, hyperparameters=settings), 0.5)
+    found = study_tables.sweeps(lines)
+    values = {name: [value for value, _ in points] for name, points in found.items()}
+    assert values == {
+        "alpha": [0.25, 0.5, 1.0, 2.0, 4.0],
+        "beta": [1.0, 2.0, 4.0, 8.0, 16.0],
+        "gamma": [0.25, 0.5, 1.0, 2.0, 4.0],
+        "temperature": [0.1, 0.25, 0.5, 1.0, 2.0],
+    }
+    assert [cell[0]["hyperparameters"]["beta"] for _, cell in found["beta"]] == values["beta"]
+
+
 def test_the_best_candidate_has_the_highest_mean_over_its_seeds() -> None:
     first, second, third, _ = (
         replace(DISTILLED, hyperparameters=each) for each in study.CANDIDATES["featkd"]
@@ -277,5 +391,9 @@ def test_the_plots_are_drawn_even_of_single_seeds(tmp_path: Path) -> None:
     lines = seeds(PLAIN, 0.4) + seeds(DISTILLED, 0.5, teacher_ap=0.7)
     study_tables.gains_plot(lines, tmp_path / "gains.png")
     study_tables.teachers_plot(lines, tmp_path / "teachers.png")
-    for name in ("gains.png", "teachers.png"):
+    for factor in (1.0, 2.0):
+        settings = study.settings_of(study.ALL_TERMS, beta=factor)
+        lines += seeds(replace(DISTILLED, hyperparameters=settings), 0.5)
+    study_tables.sensitivity_plot(lines, tmp_path / "sensitivity.png")
+    for name in ("gains.png", "teachers.png", "sensitivity.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
