@@ -260,6 +260,7 @@ PRESETS = [
     settings_of(featkd.NORMALIZED),
     *(settings_of(featkd.NORMALIZED, temperature=value) for value in (1e6, 0.1)),
     *(settings_of(featkd.NORMALIZED, temperature=t) | {"masks": "spread"} for t in (1.0, 2.0, 4.0)),
+    *(settings_of(featkd.NORMALIZED, beta=beta) | {"unit": "square"} for beta in (2.0, 4.0, 8.0)),
     settings_of(featkd.NORMALIZED) | {"taps": "fpn"},
     settings_of(featkd.ONE_STAGE),
     settings_of(featkd.TWO_STAGE),
@@ -272,8 +273,8 @@ OPEN = [
     # The norm of 8 images' norms is about sqrt(8) times their mean.
     settings_of(featkd.NORMALIZED, reduction="norm", beta=4 / sqrt(8)),
     settings_of(featkd.NORMALIZED) | {"masks": "live"},
-    # The teacher's features have a root mean square of about 0.01.
-    settings_of(featkd.NORMALIZED, normalize=False, beta=400.0) | {"unit": "element"},
+    # The teacher's features have a root mean square of about 1.
+    settings_of(featkd.NORMALIZED, normalize=False) | {"unit": "element"},
     *(settings_of(featkd.NORMALIZED) | {"schedule": name} for name in ("warm-up", "decay")),
     *(
         with_terms("gamma", teacher_relation=of_teacher, residual=residual)

@@ -172,6 +172,20 @@ def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
     torch.testing.assert_close(found, {name: value / root for name, value in printed.items()})
 
 
+def test_a_squared_term_is_the_mean_square_of_the_images_distances() -> None:
+    squared = masked(unit="square", beta=3.0)
+    by_image = masked(reduction="none", beta=1.0)
+    by_image.load_state_dict(
+        {
+            key.split(".", 2)[2].replace(".features.", ".c3."): value
+            for key, value in squared.state_dict().items()
+        }
+    )
+    student, teacher = features()
+    expected = 3 * by_image(student, teacher)["attention_masked"].square().mean()
+    torch.testing.assert_close(squared(student, teacher)["attention_masked"], expected)
+
+
 def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
     plain = masked()(*features())["attention_masked"].item()
     factors = {}
