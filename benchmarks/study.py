@@ -45,9 +45,10 @@ from tqdm import tqdm
 import featkd
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from detectors import COMPACT, LEVELS, STUDENT, TEACHER, build
+from detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, levels_of
 from scenes import SIZE, Scenes
 from training import (
+    MASK_METRICS,
     METRICS,
     Alone,
     Settings,
@@ -58,7 +59,7 @@ from training import (
 
 LINES = RESULTS / "study.jsonl"
 COLUMNS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
-Shape = tuple[int, int, int]
+MASK_COLUMNS = ("mask_ap", "mask_ap50", "mask_ap75")
 Line = dict[str, Any]
 
 
@@ -89,7 +90,7 @@ class Run:
     """Its JSON is its identity: a run with a line is not repeated."""
 
     detector: str
-    student: Shape | None
+    student: Shape | str | None
     teacher: Teacher | None
     method: str
     seed: int
@@ -113,8 +114,10 @@ def identity(line: Line) -> str:
     return json.dumps({key.name: line[key.name] for key in fields(Run)}, sort_keys=True)
 
 
-def plain_run(detector: str, seed: int, data: Data, steps: int = 600) -> Run:
-    return Run(detector, STUDENT, None, "none", seed, steps, data)
+def plain_run(
+    detector: str, seed: int, data: Data, steps: int = 600, student: Shape | str = STUDENT
+) -> Run:
+    return Run(detector, student, None, "none", seed, steps, data)
 
 
 def teacher_of(run: Run) -> Run:
@@ -130,7 +133,7 @@ MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
     range(20, 25),
     range(20, 23),
     range(2),
-    range(3),
+    range(2),
 )
 # Whose tuned settings a detector gets.
 TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
@@ -207,14 +210,17 @@ def secondary_runs(
     teachers: Sequence[Teacher] = (Teacher(),),
     seeds: Sequence[int] = SECONDARY_SEEDS,
     data: Data = MAIN,
+    detector: str = "fcos",
+    students: Sequence[Shape | str] = (STUDENT,),
 ) -> Callable[[Iterable[Line]], list[Run]]:
     """featkd at several settings, one detector and fewer seeds."""
 
     def runs(lines: Iterable[Line]) -> list[Run]:
         result = []
         for seed in seeds:
-            plain = plain_run("fcos", seed, data)
-            result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
+            for student in students:
+                plain = plain_run(detector, seed, data, student=student)
+                result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
         return result
 
     return runs
@@ -256,25 +262,41 @@ SENSITIVITY = [
     ),
     *(settings_of(ALL_TERMS, temperature=value) for value in (0.1, 0.25, 1.0, 2.0)),
 ]
+SQUARED = {"unit": "square"}
+SPREAD = {"masks": "spread"}
 PRESETS = [
     settings_of(featkd.NORMALIZED),
-    *(settings_of(featkd.NORMALIZED, temperature=value) for value in (1e6, 0.1)),
-    *(settings_of(featkd.NORMALIZED, temperature=t) | {"masks": "spread"} for t in (1.0, 2.0, 4.0)),
-    *(settings_of(featkd.NORMALIZED, beta=beta) | {"unit": "square"} for beta in (2.0, 4.0, 8.0)),
-    settings_of(featkd.NORMALIZED) | {"taps": "fpn"},
     settings_of(featkd.ONE_STAGE),
-    settings_of(featkd.TWO_STAGE),
-    settings_of(featkd.RELEASED_ONE_STAGE),
-    settings_of(featkd.RELEASED_TWO_STAGE),
+    *(settings_of(featkd.ONE_STAGE, alpha=0.0, gamma=0.0, beta=beta) for beta in (0.02, 0.04)),
+    # The teacher's features have a root mean square of about 1.
+    settings_of(featkd.NORMALIZED, normalize=False) | {"unit": "element"},
+    settings_of(featkd.ONE_STAGE, beta=0.01),
+    *(settings_of(featkd.NORMALIZED, beta=beta) | SQUARED for beta in (8.0, 16.0, 32.0)),
+    settings_of(ALL_TERMS),
+    *(
+        settings_of(ALL_TERMS, alpha=alpha, gamma=gamma)
+        for alpha, gamma in ((0.5, 0.5), (2.0, 2.0), (1.0, 4.0), (4.0, 1.0))
+    ),
+    settings_of(ALL_TERMS, beta=16.0) | SQUARED,
+    settings_of(featkd.NORMALIZED, temperature=2.0) | SPREAD,
+    settings_of(featkd.NORMALIZED, beta=16.0, temperature=2.0) | SPREAD | SQUARED,
+    settings_of(featkd.NORMALIZED, temperature=1e6),
 ]
 OPEN = [
     settings_of(featkd.NORMALIZED),
+    settings_of(featkd.TWO_STAGE),
+    settings_of(featkd.RELEASED_ONE_STAGE),
+    settings_of(featkd.RELEASED_TWO_STAGE),
+    settings_of(featkd.NORMALIZED) | {"taps": "fpn"},
+    settings_of(featkd.NORMALIZED, temperature=0.1),
+    *(settings_of(featkd.NORMALIZED, temperature=value) | SPREAD for value in (1.0, 4.0)),
+    with_terms("alpha", "beta"),
+    with_terms("beta", "gamma"),
+    *(settings_of(featkd.NORMALIZED, beta=beta) | SQUARED for beta in (2.0, 4.0)),
     settings_of(featkd.NORMALIZED, fusion="probabilities"),
     # The norm of 8 images' norms is about sqrt(8) times their mean.
     settings_of(featkd.NORMALIZED, reduction="norm", beta=4 / sqrt(8)),
     settings_of(featkd.NORMALIZED) | {"masks": "live"},
-    # The teacher's features have a root mean square of about 1.
-    settings_of(featkd.NORMALIZED, normalize=False) | {"unit": "element"},
     *(settings_of(featkd.NORMALIZED) | {"schedule": name} for name in ("warm-up", "decay")),
     *(
         with_terms("gamma", teacher_relation=of_teacher, residual=residual)
@@ -283,6 +305,7 @@ OPEN = [
     ),
     with_terms("gamma") | {"relation": "tied"},
 ]
+RECOMMENDED = [settings_of(featkd.NORMALIZED)]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.
@@ -295,7 +318,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "relations": secondary_runs(RELATIONS),
     "attention": secondary_runs(ATTENTION),
     "sensitivity": secondary_runs(SENSITIVITY),
-    "teachers": secondary_runs([settings_of(featkd.NORMALIZED)], TEACHERS),
+    "teachers": secondary_runs(RECOMMENDED, TEACHERS),
+    "students": secondary_runs(RECOMMENDED, students=[STUDENT, *BACKBONES]),
+    "masks": secondary_runs(RECOMMENDED, detector=MASK_RCNN),
     "quick": quick_runs,
 }
 
@@ -323,7 +348,7 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
 scenes = lru_cache(maxsize=3)(Scenes)
 
 
-def new_detector(run: Run, role: str, shape: Shape) -> nn.Module:
+def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
     torch.manual_seed(run.seed)
     return build(run.detector, role, len(Scenes.classes), SIZE, shape)
 
@@ -361,11 +386,12 @@ def tapped(
 ) -> tuple[dict[str, tuple[str, str]], list[dict[str, int]]]:
     """The levels' paths in both models, and both models' channels."""
     if run.hyperparameters.get("taps") == "fpn":
-        paths = {f"p{i}": f"backbone[{i}]" for i in range(len(LEVELS))}
+        paths = {f"p{i}": f"backbone[{i}]" for i, _ in enumerate(levels_of(student))}
         channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
         return {level: (path, path) for level, path in paths.items()}, channels
     match = featkd.match_layers(student, teacher, [torch.zeros(3, SIZE, SIZE)])
-    layers = {level: paths for level, paths in match.layers.items() if paths[0] in LEVELS}
+    stages = levels_of(student)
+    layers = {level: paths for level, paths in match.layers.items() if paths[0] in stages}
     sides = (match.student_channels, match.teacher_channels)
     return layers, [{level: side[level] for level in layers} for side in sides]
 
@@ -400,8 +426,9 @@ def line_of(run: Run, folder: Path, device: torch.device) -> Line:
         area_scale=2.0,
     )
     model = new_model(run, folder, device)
-    data = scenes(run.seed, run.data.train_images)
-    held_out = scenes(run.data.held_out_seed, run.data.held_out_images)
+    with_masks = run.detector == MASK_RCNN
+    data = scenes(run.seed, run.data.train_images, with_masks)
+    held_out = scenes(run.data.held_out_seed, run.data.held_out_images, with_masks)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
     curve = train(run.name, model, data, held_out, run.steps, settings, checkpoint)
     metrics = evaluate(model.student, held_out, settings)
@@ -409,9 +436,11 @@ def line_of(run: Run, folder: Path, device: torch.device) -> Line:
     made = provenance(device)
     # The evaluator says -1 where no held-out object has the size.
     values = [metrics[name] if metrics[name] >= 0 else None for name in METRICS]
+    masks = [metrics[name] for name in MASK_METRICS if name in metrics]
     return {
         **asdict(run),
         **dict(zip(COLUMNS, values, strict=True)),
+        **dict(zip(MASK_COLUMNS, masks, strict=False)),
         "seconds": round(curve.seconds, 1),
         "device": made["machine"],
         "versions": {
@@ -575,6 +604,8 @@ def write_tables(options: argparse.Namespace) -> None:
         unfinished = f" {left} of its runs are not there yet." if left else ""
         parts.append(f"## {name}\n\n`python benchmarks/study.py run {name}`{unfinished}")
         parts.append(report(found))
+        if name == "masks":
+            parts += ["Masks:", report([as_mask_line(line) for line in found])]
         if name == "main":
             gains_plot(found, LINES.with_name("study_gains.png"))
             parts.append("![paired gains](study_gains.png)")
@@ -590,6 +621,12 @@ def write_tables(options: argparse.Namespace) -> None:
             parts.append("\n".join(["Best by mean AP:\n", *items]))
     LINES.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(LINES.with_suffix(".md"))
+
+
+def as_mask_line(line: Line) -> Line:
+    """With the masks' metrics in the place of the boxes'; none by size, none of the teacher."""
+    ap = dict(zip(COLUMNS, (line[name] for name in MASK_COLUMNS), strict=False))
+    return line | dict.fromkeys(COLUMNS) | ap | {"teacher_ap": None}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

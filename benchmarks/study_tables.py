@@ -83,7 +83,11 @@ def facts(line: Line) -> dict[str, Any]:
         # A line leaves out what is at its default.
         hyperparameters, variants = split(settings)
         settings = asdict(hyperparameters) | dict.fromkeys(NAMES, "") | variants
-    shown = {name: "-".join(map(str, shape)) for name, shape in shapes.items() if shape}
+    shown = {
+        name: shape if isinstance(shape, str) else "-".join(map(str, shape))
+        for name, shape in shapes.items()
+        if shape
+    }
     return shown | settings
 
 

@@ -19,7 +19,8 @@ class CocoError(ValueError):
 class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
     """Images and targets of a COCO annotation file; `classes` and labels count from the background.
 
-    `notes` says what was left out: boxes of no area; images without a box are kept as background.
+    `notes` says what was left out: boxes of no area, and crowds, which are no single objects;
+    images without a box are kept as background.
     """
 
     def __init__(self, images: Path, annotations: Path) -> None:
@@ -29,11 +30,14 @@ class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
         self.classes = ("background", *(category["name"] for category in categories))
         self.labels = {category["id"]: i for i, category in enumerate(categories, 1)}
         flat = sum(not has_area(annotation) for annotation in content["annotations"])
-        boxed = {a["image_id"] for a in content["annotations"] if has_area(a)}
+        crowds = sum(bool(a.get("iscrowd")) and has_area(a) for a in content["annotations"])
+        boxed = {a["image_id"] for a in content["annotations"] if is_object(a)}
         empty = sum(image["id"] not in boxed for image in content["images"])
         self.notes = []
         if flat:
             self.notes.append(f"{annotations}: {flat} boxes of no area left out")
+        if crowds:
+            self.notes.append(f"{annotations}: {crowds} crowds left out")
         if empty:
             self.notes.append(f"{annotations}: {empty} images without a box kept as background")
 
@@ -43,7 +47,7 @@ class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         picture, annotations = self.files[index]
         image = F.to_image(picture.convert("RGB"))
-        kept = [annotation for annotation in annotations if has_area(annotation)]
+        kept = [annotation for annotation in annotations if is_object(annotation)]
         boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32)
         xywh = tv_tensors.BoundingBoxes(
             boxes.reshape(-1, 4), format="XYWH", canvas_size=tuple(image.shape[-2:])
@@ -58,6 +62,10 @@ class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 def has_area(annotation: dict[str, Any]) -> bool:
     _, _, width, height = annotation["bbox"]
     return bool(width > 0 and height > 0)
+
+
+def is_object(annotation: dict[str, Any]) -> bool:
+    return has_area(annotation) and not annotation.get("iscrowd")
 
 
 def is_image(file: Path) -> bool:
@@ -97,6 +105,6 @@ def read_annotations(images: Path, annotations: Path) -> dict[str, Any]:
         raise CocoError(f"{annotations} has annotations of images that it does not list")
     if any(category not in categories or length != 4 for _, category, length in used):
         raise CocoError(f"{annotations} has boxes of unknown categories or not of four numbers")
-    if not any(has_area(annotation) for annotation in content["annotations"]):
+    if not any(is_object(annotation) for annotation in content["annotations"]):
         raise CocoError(f"{annotations} must hold at least one box with an area, got none")
     return content

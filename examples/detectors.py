@@ -1,27 +1,33 @@
 """The detectors of the main job: torchvision's own classes, compact for a show or stock."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import detection
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models import MobileNetV2, RegNet, detection
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
+# Compact too; its targets hold masks.
+MASK_RCNN = "mask_rcnn"
 STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
-# What is distilled: the stages that enter the FPN.
+# What is distilled: the stages of a ResNet that enter the FPN. See `levels_of` for others.
 LEVELS = ("backbone.body.layer2", "backbone.body.layer3", "backbone.body.layer4")
 
 # Width of the first stage, blocks a stage, and channels of the FPN and the heads.
 TEACHER = (24, 1, 64)
 STUDENT = (4, 1, 32)
+Shape = tuple[int, int, int]
 
 
 class CompactResNet(ResNet):
@@ -39,16 +45,53 @@ class CompactResNet(ResNet):
         self.layer4 = self._make_layer(BasicBlock, 8 * width, blocks, stride=2)
 
 
-def compact_backbone(width: int, blocks: int, fpn: int) -> BackboneWithFPN:
+def compact_regnet() -> nn.Module:
+    """torchvision's RegNetY in three stages of 16, 32 and 64 channels, 1, 2 and 4 blocks."""
+    settings = BlockParams.from_init_params(
+        depth=7, w_0=16, w_a=10.0, w_m=2.0, group_width=8, se_ratio=0.25
+    )
+    network = RegNet(settings, stem_width=8)
+    return nn.Sequential(
+        OrderedDict(stem=network.stem, **dict(network.trunk_output.named_children()))
+    )
+
+
+def compact_mobilenet() -> nn.Module:
+    """The blocks of torchvision's MobileNetV2 at a third of its width, its last stride left out."""
+    return MobileNetV2(width_mult=0.35).features[:14]
+
+
+# By the name of a student's backbone: how to make it, and its stages at strides 4, 8 and 16 with
+# their channels. They have 70,000 to 180,000 parameters.
+BACKBONES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "resnet18": (lambda: CompactResNet(8, 2), {"layer2": 16, "layer3": 32, "layer4": 64}),
+    "regnet": (compact_regnet, {"block1": 16, "block2": 32, "block3": 64}),
+    "mobilenet": (compact_mobilenet, {"3": 8, "6": 16, "13": 32}),
+}
+
+
+def compact_backbone(shape: str | Shape) -> BackboneWithFPN:
     """Three FPN levels at strides 4, 8 and 16."""
+    if isinstance(shape, str):
+        make, channels = BACKBONES[shape]
+        body, fpn = make(), STUDENT[2]
+    else:
+        width, blocks, fpn = shape
+        body = CompactResNet(width, blocks)
+        channels = {"layer2": 2 * width, "layer3": 4 * width, "layer4": 8 * width}
     return BackboneWithFPN(
-        CompactResNet(width, blocks),
-        return_layers={"layer2": "0", "layer3": "1", "layer4": "2"},
-        in_channels_list=[2 * width, 4 * width, 8 * width],
+        body,
+        return_layers={stage: str(level) for level, stage in enumerate(channels)},
+        in_channels_list=list(channels.values()),
         out_channels=fpn,
         # No pooled fourth level: an object fills at most two thirds of the image.
         extra_blocks=NoExtraLevels(),
     )
+
+
+def levels_of(model: nn.Module) -> list[str]:
+    """The paths of the stages that enter the FPN."""
+    return [f"backbone.body.{stage}" for stage in model.backbone.body.return_layers]
 
 
 class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):
@@ -59,12 +102,13 @@ class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):
 
 
 def build(
-    name: str, role: str, classes: int, size: int, shape: tuple[int, int, int] | None = None
+    name: str, role: str, classes: int, size: int, shape: str | Shape | None = None
 ) -> nn.Module:
     """The detector `name` for `role`, `"teacher"` or `"student"`, at random weights.
 
     `classes` counts the background; `size` is the shorter side of the images inside the model;
-    `shape` stands in place of `TEACHER` or `STUDENT` for a compact detector.
+    `shape`, a tuple or a name of `BACKBONES`, stands in place of `TEACHER` or `STUDENT` for a
+    compact detector.
     """
     if name in STOCK:
         builder: Callable[..., nn.Module] = getattr(detection, name)
@@ -76,8 +120,8 @@ def build(
             min_size=size,
             max_size=longest,
         )
-    width, blocks, fpn = shape or (TEACHER if role == "teacher" else STUDENT)
-    backbone = compact_backbone(width, blocks, fpn)
+    backbone = compact_backbone(shape or (TEACHER if role == "teacher" else STUDENT))
+    fpn = backbone.out_channels
     sizes: dict[str, Any] = {"min_size": size, "max_size": size * 5 // 3}
     if name == "fcos":
         # FCOS gives a level the objects of 4 to 8 times its anchor.
@@ -94,7 +138,14 @@ def build(
         draw_towers(head)
         return RetinaNet(backbone, classes, anchor_generator=anchors, head=head, **sizes)
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 3)
-    return FasterRCNN(
+    masks: dict[str, Any] = {}
+    if name == MASK_RCNN:
+        masks = {
+            "mask_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], output_size=10, sampling_ratio=2),
+            "mask_head": MaskRCNNHeads(fpn, (fpn, fpn), 1),
+            "mask_predictor": MaskRCNNPredictor(fpn, fpn, classes),
+        }
+    return (MaskRCNN if masks else FasterRCNN)(
         backbone,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0]),
@@ -106,6 +157,7 @@ def build(
         box_head=detection.faster_rcnn.TwoMLPHead(fpn * 25, 2 * fpn),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(2 * fpn, classes),
         box_batch_size_per_image=64,
+        **masks,
         **sizes,
     )
 

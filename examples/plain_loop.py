@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> featkd.Distiller:
     # The student's parameters and the adapters', none of the teacher's.
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     if args.checkpoint and args.checkpoint.exists():
-        state = torch.load(args.checkpoint, map_location=args.device)
+        state = torch.load(args.checkpoint, map_location=args.device, weights_only=True)
         distiller.load_state_dict(state["distiller"])
         optimizer.load_state_dict(state["optimizer"])
     distiller.train()

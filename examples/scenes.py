@@ -125,14 +125,20 @@ def place_object(
     return None
 
 
-def draw_scene(seed: int, index: int) -> tuple[NDArray[np.uint8], list[list[int]], list[int]]:
-    """Image `(SIZE, SIZE, 3)`, boxes `[x1, y1, x2, y2]` and labels, which count from 1."""
+def draw_scene(
+    seed: int, index: int
+) -> tuple[NDArray[np.uint8], list[list[int]], list[int], NDArray[np.uint8]]:
+    """Image `(SIZE, SIZE, 3)`, boxes `[x1, y1, x2, y2]` and labels, which count from 1.
+
+    The last is a map `(SIZE, SIZE)` of which object is in sight, 1 for the first, 0 for none.
+    """
     rng = np.random.default_rng((seed, index))
     canvas = background(rng)
     for _ in range(rng.integers(*CLUTTER, endpoint=True)):
         add_clutter(rng, canvas)
     boxes, labels = [], []
     others: list[tuple[Mask, int]] = []
+    in_sight = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(rng.integers(*OBJECTS, endpoint=True)):
         label = int(rng.integers(len(CLASSES)))
         if (placed := place_object(rng, CLASSES[label], others)) is None:
@@ -144,21 +150,26 @@ def draw_scene(seed: int, index: int) -> tuple[NDArray[np.uint8], list[list[int]
         for visible, _ in others:
             visible &= ~inside
         others.append((inside, int(inside.sum())))
+        in_sight[inside] = len(others)
         (rows,), (columns,) = inside.any(1).nonzero(), inside.any(0).nonzero()
         boxes.append([int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1])
         labels.append(label + 1)
     canvas += rng.normal(0, 0.02, canvas.shape).astype(np.float32)
-    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8), boxes, labels
+    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8), boxes, labels, in_sight
 
 
 class Scenes(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
-    """`length` scenes of `seed`, each as a uint8 image `(3, SIZE, SIZE)` and its target."""
+    """`length` scenes of `seed`, each as a uint8 image `(3, SIZE, SIZE)` and its target.
+
+    `masks=True` adds each object's visible pixels, as in COCO; its box holds the hidden ones too.
+    """
 
     classes = ("background", *CLASSES)
 
-    def __init__(self, seed: int, length: int) -> None:
+    def __init__(self, seed: int, length: int, masks: bool = False) -> None:
         self.seed = seed
         self.length = length
+        self.masks = masks
         self.drawn: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -169,9 +180,13 @@ class Scenes(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
             raise IndexError(f"`index` must be in 0..{self.length - 1}, got {index}")
         if index not in self.drawn:
             self.drawn[index] = draw_scene(self.seed, index)
-        image, boxes, labels = self.drawn[index]
+        image, boxes, labels, in_sight = self.drawn[index]
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(SIZE, SIZE)),
             "labels": torch.tensor(labels, dtype=torch.int64),
         }
+        if self.masks:
+            objects = np.arange(1, len(labels) + 1)[:, None, None]
+            masks = torch.from_numpy((in_sight == objects).astype(np.uint8))
+            target["masks"] = tv_tensors.Mask(masks)
         return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target

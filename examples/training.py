@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+MASK_METRICS = ("mask_map", "mask_map_50", "mask_map_75")
 
 
 @dataclass
@@ -247,14 +248,33 @@ def load(path: Path, parts: dict[str, Any]) -> tuple[Curve, int]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset[Any], settings: Settings) -> dict[str, float]:
-    """COCO metrics on `data`; sizes S, M, L as if images were `area_scale` times as wide."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
-    metric.warn_on_many_detections = False
+    """COCO metrics on `data`; sizes S, M, L as if images were `area_scale` times as wide.
+
+    Those of masks too, where the targets have masks and the model finds them.
+    """
+    metric, mask_metric = average_precision("bbox"), average_precision("segm")
+    with_masks = False
     for images, targets in batches(data, settings):
         found = model.eval()(images)
         metric.update(scaled(found, settings.area_scale), scaled(targets, settings.area_scale))
+        with_masks = "masks" in found[0].keys() & targets[0].keys()
+        if with_masks:
+            mask_metric.update(binary_masks(found), binary_masks(targets))
     values = metric.compute()
-    return {name: float(values[name]) for name in METRICS}
+    result = {name: float(values[name]) for name in METRICS}
+    if with_masks:
+        values = mask_metric.compute()
+        # torchmetrics says -1 where no mask at all is found.
+        result |= {name: max(0.0, float(values[name[len("mask_") :]])) for name in MASK_METRICS}
+    return result
+
+
+def average_precision(iou_type: Literal["bbox", "segm"]) -> MeanAveragePrecision:
+    metric = MeanAveragePrecision(
+        iou_type=iou_type, backend="faster_coco_eval", sync_on_compute=False
+    )
+    metric.warn_on_many_detections = False
+    return metric
 
 
 def batches(data: Dataset[Any], settings: Settings) -> Iterator[Any]:
@@ -265,3 +285,8 @@ def batches(data: Dataset[Any], settings: Settings) -> Iterator[Any]:
 
 def scaled(results: list[dict[str, Tensor]], factor: float) -> list[dict[str, Tensor]]:
     return [{**result, "boxes": result["boxes"] * factor} for result in results]
+
+
+def binary_masks(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """`(N, H, W)` of 0 and 1; Mask R-CNN finds probabilities `(N, 1, H, W)`."""
+    return [{**each, "masks": (each["masks"] > 0.5).flatten(0, -3)} for each in results]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import masks_to_boxes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--quick", "--teacher-steps", "4", "--steps", "4", "--checkpoint-every", "2"]
@@ -252,6 +253,19 @@ def test_boxes_of_no_area_are_left_out_and_counted(tmp_path: Path) -> None:
     assert data[2][1]["labels"].tolist() == [1]
 
 
+def test_crowds_are_no_objects_and_counted(tmp_path: Path) -> None:
+    from coco import CocoFolder
+
+    images, annotations = write_coco(tmp_path)
+    content = json.loads(annotations.read_text())
+    before = sum(len(target["boxes"]) for _, target in CocoFolder(images, annotations))
+    content["annotations"][0]["iscrowd"] = 1
+    annotations.write_text(json.dumps(content))
+    data = CocoFolder(images, annotations)
+    assert data.notes[0].endswith("1 crowds left out")
+    assert sum(len(target["boxes"]) for _, target in data) == before - 1
+
+
 def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
     from scenes import OBJECTS, Scenes
 
@@ -265,3 +279,129 @@ def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert boxes.min() >= 0
     assert boxes.max() <= 96
+
+
+def test_masks_are_what_is_in_sight_of_each_object_and_change_nothing_else() -> None:
+    from scenes import MIN_VISIBLE, Scenes
+
+    plain, masked = Scenes(3, 20), Scenes(3, 20, masks=True)
+    hidden = 0
+    for (image, target), (same_image, with_masks) in zip(plain, masked, strict=True):
+        masks = with_masks.pop("masks")
+        assert torch.equal(image, same_image)
+        assert target.keys() == with_masks.keys()
+        assert all(torch.equal(target[name], with_masks[name]) for name in target)
+        assert masks.dtype == torch.uint8
+        assert masks.shape == (len(target["labels"]), 96, 96)
+        assert masks.sum(0).max() == 1
+        tight = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+        boxes = target["boxes"]
+        assert (tight[:, :2] >= boxes[:, :2]).all()
+        assert (tight[:, 2:] <= boxes[:, 2:]).all()
+        # Nothing hides the last; a cross, the thinnest, fills over a third of its box.
+        assert torch.equal(tight[-1].int(), boxes[-1].int())
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        assert (masks.sum((1, 2)) > MIN_VISIBLE * areas / 3).all()
+        hidden += int((tight != boxes).any(1).sum())
+    assert hidden > 0
+
+
+class Answers(torch.nn.Module):
+    """A detector that has found this in the images to come."""
+
+    def __init__(self, *found: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.found = iter(found)
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [next(self.found) for _ in images]
+
+
+def settings_to_evaluate() -> Any:
+    from training import Settings
+
+    return Settings(8, 1e-3, 0, torch.device("cpu"), False, 0, 1, 0, 2.0)
+
+
+def found_in(data: Any, shift: float = 0.0) -> list[dict[str, torch.Tensor]]:
+    """The truth, its boxes shifted, its masks as probabilities above and below 0.5."""
+    targets = [data[i][1] for i in range(len(data))]
+    return [
+        {
+            "boxes": target["boxes"].as_subclass(torch.Tensor) + shift,
+            "labels": target["labels"],
+            "scores": torch.ones(len(target["labels"])),
+            "masks": 0.3 + 0.3 * target["masks"].as_subclass(torch.Tensor)[:, None],
+        }
+        for target in targets
+    ]
+
+
+def test_masks_are_evaluated_by_themselves_beside_the_boxes() -> None:
+    from scenes import Scenes
+    from training import MASK_METRICS, METRICS, evaluate
+
+    data, settings = Scenes(3, 4, masks=True), settings_to_evaluate()
+    right = evaluate(Answers(*found_in(data)), data, settings)
+    assert list(right) == [*METRICS, *MASK_METRICS]
+    assert all(right[name] == pytest.approx(1) for name in ("map", *MASK_METRICS))
+    shifted = evaluate(Answers(*found_in(data, shift=200.0)), data, settings)
+    assert shifted["map"] == 0
+    assert all(shifted[name] == pytest.approx(1) for name in MASK_METRICS)
+    none = [{name: value[:0] for name, value in each.items()} for each in found_in(data)]
+    assert evaluate(Answers(*none), data, settings)["mask_map"] == 0
+
+
+def test_boxes_alone_are_evaluated_as_before_where_either_side_has_no_masks() -> None:
+    from scenes import Scenes
+    from training import METRICS, evaluate
+
+    masked, settings = Scenes(3, 4, masks=True), settings_to_evaluate()
+    boxes = [{k: v for k, v in each.items() if k != "masks"} for each in found_in(masked)]
+    assert list(evaluate(Answers(*boxes), masked, settings)) == list(METRICS)
+    assert list(evaluate(Answers(*found_in(masked)), Scenes(3, 4), settings)) == list(METRICS)
+
+
+def test_mask_r_cnn_learns_from_masks_and_finds_some() -> None:
+    from detectors import MASK_RCNN, build
+    from scenes import Scenes
+    from training import MASK_METRICS, collate, evaluate
+
+    torch.manual_seed(0)
+    model = build(MASK_RCNN, "student", 5, 96)
+    data = Scenes(3, 2, masks=True)
+    losses = model(*collate([data[0], data[1]]))
+    assert losses["loss_mask"] > 0
+    losses["loss_mask"].backward()
+    stage = model.get_submodule("backbone.body.layer2")
+    assert all(p.grad.abs().sum() > 0 for p in stage.parameters())
+    assert evaluate(model, data, settings_to_evaluate()).keys() >= set(MASK_METRICS)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet", "mobilenet"])
+def test_a_student_of_another_backbone_is_paired_with_the_teacher_at_what_enters_its_fpn(
+    name: str,
+) -> None:
+    from detectors import BACKBONES, LEVELS, build, levels_of
+    from scenes import Scenes
+    from training import collate
+
+    import featkd
+
+    assert name in BACKBONES
+    student, teacher = (build("fcos", "student", 5, 96, shape) for shape in (name, (6, 1, 32)))
+    assert levels_of(teacher) == list(LEVELS)
+    match = featkd.match_layers(student, teacher, [torch.zeros(3, 96, 96)])
+    levels = match.select("c2", "c3", "c4")
+    assert list(levels.layers.values()) == list(zip(levels_of(student), LEVELS, strict=True))
+    assert 50_000 < sum(p.numel() for p in student.parameters()) < 250_000
+    data = Scenes(3, 2)
+    sum(student(*collate([data[0], data[1]])).values()).backward()
+    for path in levels_of(student):
+        assert all(p.grad.abs().sum() > 0 for p in student.get_submodule(path).parameters())
+
+
+def test_all_backbones_are_tested() -> None:
+    from detectors import BACKBONES
+
+    assert list(BACKBONES) == ["resnet18", "regnet", "mobilenet"]

@@ -225,6 +225,30 @@ def test_the_fpn_s_outputs_can_be_tapped(tmp_path: Path) -> None:
     assert model.loss.channels == dict.fromkeys(("p0", "p1", "p2"), (32, 32))
 
 
+@pytest.mark.parametrize("backbone", study.BACKBONES)
+def test_a_student_of_another_backbone_is_tapped_at_the_teacher_s_strides(
+    tmp_path: Path, backbone: str
+) -> None:
+    run = replace(DISTILLED, student=backbone)
+    teacher = study.teacher_of(run)
+    weights = study.new_model(teacher, tmp_path, CPU).student.state_dict()
+    torch.save(weights, tmp_path / f"{teacher.name}.pt")
+    model = study.new_model(run, tmp_path, CPU)
+    assert [theirs for _, theirs in model.loss.channels.values()] == [12, 24, 48]
+    assert study_tables.facts(line_of(run, 0.5))["student"] == backbone
+
+
+def test_a_line_of_mask_r_cnn_has_the_masks_metrics_and_becomes_a_row_of_them(
+    tmp_path: Path,
+) -> None:
+    line = study.perform(replace(PLAIN, detector="mask_rcnn", steps=1), tmp_path, "cpu")
+    assert {*study.MASK_COLUMNS} <= line.keys()
+    line |= {"mask_ap": 0.25, "mask_ap50": 0.5, "mask_ap75": 0.125, "teacher_ap": None}
+    (row,) = study_tables.rows([study.as_mask_line(line)])
+    assert row.ap.mean == 25
+    assert row.others == {"ap50": 50, "ap75": 12.5, "ap_s": None, "ap_m": None, "ap_l": None}
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
