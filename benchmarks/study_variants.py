@@ -5,14 +5,12 @@
   in standard deviations of each attention map.
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
-  `unit="square"`: every image's and level's distance squared.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
   `schedule="decay"`: it falls to 0 over all of them, as a cosine.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -38,8 +36,8 @@ def split(settings: Mapping[str, Any]) -> tuple[featkd.Hyperparameters, dict[str
 def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: Any) -> nn.Module:
     """The overall loss with its variants; `taps` is the caller's affair."""
     hyperparameters, variants = split(settings)
-    if "unit" in variants:
-        loss: nn.Module = ByLevel(student, teacher, hyperparameters, variants["unit"])
+    if variants.get("unit") == "element":
+        loss: nn.Module = PerElement(student, teacher, hyperparameters)
     else:
         loss = featkd.FeatureDistillationLoss(student, teacher, hyperparameters=hyperparameters)
     for module in loss.modules():
@@ -99,28 +97,17 @@ def tie_relation(loss: featkd.NonLocalLoss) -> None:
     loss.adapter = nn.Identity()
 
 
-class ByLevel(nn.Module):
-    """Every term of a level over the root of its C_T H W, or squared."""
+class PerElement(nn.Module):
+    """Every term of a level over the root of its C_T H W."""
 
     def __init__(
-        self,
-        student: Channels,
-        teacher: Channels,
-        hyperparameters: featkd.Hyperparameters,
-        unit: str,
+        self, student: Channels, teacher: Channels, hyperparameters: featkd.Hyperparameters
     ) -> None:
         super().__init__()
-        self.unit = unit
-        by_image = replace(hyperparameters, reduction="none")
-        self.weights = {
-            "attention_transfer": by_image.alpha,
-            "attention_masked": by_image.beta,
-            "non_local": by_image.gamma,
-        }
         self.levels = nn.ModuleDict(
             {
                 level: featkd.FeatureDistillationLoss(
-                    student[level], teacher[level], hyperparameters=by_image
+                    student[level], teacher[level], hyperparameters=hyperparameters
                 )
                 for level in student
             }
@@ -130,11 +117,8 @@ class ByLevel(nn.Module):
         total: Losses = {}
         for level, loss in self.levels.items():
             for name, value in loss(student[level], teacher[level]).items():
-                if self.unit == "element":
-                    share = value / math.sqrt(teacher[level][0].numel())
-                else:
-                    share = value.square() / (self.weights[name] or 1)
-                total[name] = total.get(name, 0) + share.mean()
+                share = value / math.sqrt(teacher[level][0].numel())
+                total[name] = total.get(name, 0) + share
         return total
 
 
