@@ -282,6 +282,8 @@ PRESETS = [
     # The teacher's features have a root mean square of about 1.
     settings_of(BASE, normalize=False) | {"unit": "element"},
     *(settings_of(SQUARED, beta=beta) for beta in (4.0, 8.0, 16.0, 32.0)),
+    *(settings_of(SQUARED, beta=8.0, temperature=value) for value in (0.25, 1.0)),
+    settings_of(SQUARED, beta=8.0, masked_attention="spatial"),
     settings_of(ALL_TERMS),
     *(
         settings_of(ALL_TERMS, alpha=alpha, gamma=gamma)
@@ -314,7 +316,7 @@ OPEN = [
     ),
     with_terms("gamma") | {"relation": "tied"},
 ]
-RECOMMENDED = [settings_of(featkd.NORMALIZED)]
+RECOMMENDED = [settings_of(SQUARED, beta=8.0)]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.

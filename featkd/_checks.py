@@ -6,16 +6,30 @@ Text: `` `name` must <rule>, got <found>. ``; TypeError for kind, ValueError for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor
 
+# The others that count as floating-point, of 8 bits, promote to nothing.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def require_tensor(name: str, value: object) -> None:
+# torch 2.4's compiler does not read the attribute itself.
+_LARGEST = sys.float_info.max
+
+
+def require_tensor(name: str, value: object, *, verb: str = "be") -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be a floating-point tensor, got {value.dtype}.")
+        raise TypeError(f"`{name}` must {verb} a tensor, got {type(value).__name__}.")
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"`{name}` must {verb} a tensor of float16, bfloat16, float32 or float64, "
+            f"got {value.dtype}."
+        )
+    if value.layout != torch.strided or value.is_nested:
+        found = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"`{name}` must {verb} a dense tensor, got {found}.")
 
 
 def require_feature_map(name: str, value: Tensor) -> None:
@@ -72,28 +86,38 @@ def require_flag(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be True or False, got {type(value).__name__}.")
 
 
-def require_number(name: str, value: object, *, above: float = -math.inf) -> None:
-    """A finite real number above `above`."""
+def require_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+    """A finite real number above `above` and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
-    if not math.isfinite(value) or value <= above:
+    if not (abs(value) <= _LARGEST and value > above):
         bound = "" if above == -math.inf else f" and above {above:g}"
         raise ValueError(f"`{name}` must be finite{bound}, got {value}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least:g}, got {value}.")
 
 
-def require_weight(name: str, value: object) -> None:
-    require_number(name, value)
-    if isinstance(value, (int, float)) and value < 0:
-        raise ValueError(f"`{name}` must be at least 0, got {value}.")
-
-
-def require_count(name: str, value: object) -> None:
+def require_count(name: str, value: object, *, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    if value >= 2**31:
+        raise ValueError(f"`{name}` must be below 2**31, got {value}.")
 
 
 def require_callable(name: str, value: Callable[..., object] | None) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"`{name}` must be callable or None, got {type(value).__name__}.")
+
+
+def require_losses(losses: object) -> None:
+    if not isinstance(losses, Mapping):
+        found = type(losses).__name__
+        raise TypeError(f"`loss` must return a mapping from name to tensor, got {found}.")
+    for name, value in losses.items():
+        if not isinstance(value, Tensor):
+            found = type(value).__name__
+            raise TypeError(f"`loss` must return tensors, got {found} for {name!r}.")

@@ -29,9 +29,11 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     )
     with full_precision(query):
         result = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    # With few keys some kernels pass over a NaN; 0 * NaN shows it to the queries that it concerns.
-    shown = 0 * query.detach().amax(-1, keepdim=True) + 0 * key.detach().amax((1, 2), keepdim=True)
-    return result.squeeze(1)[..., : value.shape[-1]] + shown
+    # With few keys some kernels pass over a NaN, and where all logits of a query overflow to -inf
+    # they give 0; 0 * NaN or 0 * inf shows both to the queries that they concern.
+    largest = query.detach().abs().amax(-1, keepdim=True)
+    largest = largest * key.detach().abs().amax((1, 2), keepdim=True)
+    return result.squeeze(1)[..., : value.shape[-1]] + 0 * (largest * (scale * query.shape[-1]))
 
 
 class _Attend(torch.autograd.Function):

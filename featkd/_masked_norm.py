@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled, takes_closed_form
 from ._precision import compute_dtype
+from ._reduction import root
 
 
 def masked_norm(
@@ -20,10 +21,7 @@ def masked_norm(
         return result
     dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
     square = _weigh((student.to(dtype) - teacher.to(dtype)).square(), spatial_mask, channel_mask)
-    energy = square.sum((1, 2, 3))
-    # The square root's gradient at 0 is infinite: take it of 1 there and return 0.
-    zero = energy == 0
-    return torch.where(zero, energy, torch.where(zero, torch.ones_like(energy), energy).sqrt())
+    return root(square.sum((1, 2, 3)))
 
 
 def _weigh(x: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None) -> Tensor:

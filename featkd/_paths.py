@@ -16,14 +16,17 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def require_module(name: str, module: object) -> None:
+    if not isinstance(module, nn.Module) or isinstance(module, nn.DataParallel):
+        raise TypeError(
+            f"`{name}` must be an nn.Module other than nn.DataParallel (use "
+            f"DistributedDataParallel), got {type(module).__name__}."
+        )
+
+
 def innermost(model: nn.Module) -> nn.Module:
     """The model itself, out of all its wrappers."""
-    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
-        found = type(model).__name__
-        raise TypeError(
-            "`model` must be an nn.Module other than nn.DataParallel (use "
-            f"DistributedDataParallel), got {found}."
-        )
+    require_module("model", model)
     return _own_names(model)[""][-1]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import require_choice
 
-Reduction = Literal["none", "mean", "sum", "norm"]
+Reduction = Literal["none", "mean", "sum", "norm", "mean_square"]
 REDUCTIONS = get_args(Reduction)  # torch 2.4 compiles no get_args
 
 
@@ -19,8 +19,14 @@ def require_reduction(reduction: object) -> None:
 
 def norm_per_image(x: Tensor) -> Tensor:
     """`(B, ...) -> (B,)`: the L2 norm over all dimensions but the first; its gradient at 0 is 0."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())))
-    return norm
+    # `vector_norm` adds one by one in float32: 1 % off at 10 million elements. `sum` adds by pairs.
+    return root(x.square().sum(tuple(range(1, x.dim()))))
+
+
+def root(energy: Tensor) -> Tensor:
+    """The square root, with gradient 0 at 0, where its own is infinite."""
+    zero = energy == 0
+    return torch.where(zero, energy, torch.where(zero, torch.ones_like(energy), energy).sqrt())
 
 
 def relative_to(distances: Tensor, norms: Tensor) -> Tensor:
@@ -35,5 +41,7 @@ def reduce_distances(distances: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "norm":
         norm: Tensor = torch.linalg.vector_norm(distances)
         return norm
+    if reduction == "mean_square":
+        distances = distances.square()
     total = distances.sum()
     return total if reduction == "sum" else total / max(distances.shape[0], 1)

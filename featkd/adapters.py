@@ -16,6 +16,7 @@ from ._checks import (
     require_feature_map,
     require_feature_pair,
     require_same_device,
+    require_tensor,
 )
 from ._precision import compute_dtype, full_precision
 
@@ -70,11 +71,17 @@ def require_channel_counts(student_channels: object, teacher_channels: object) -
 
 
 def require_channels(name: str, features: Tensor, channels: int) -> None:
-    require_feature_map(name, features)
-    if features.shape[1] != channels:
+    require_tensor(name, features)
+    shape = tuple(features.shape)
+    if len(shape) in (3, 4) and shape[-1] == channels != shape[1]:
+        function = "from_tokens" if len(shape) == 3 else "from_channels_last"
         raise ValueError(
-            f"`{name}` must have the shape (B, {channels}, H, W), got {tuple(features.shape)}."
+            f"`{name}` must have the shape (B, {channels}, H, W), got {shape}, with the channels "
+            f"last: see `featkd.{function}` and the argument `convert` of taps and distillers."
         )
+    require_feature_map(name, features)
+    if shape[1] != channels:
+        raise ValueError(f"`{name}` must have the shape (B, {channels}, H, W), got {shape}.")
 
 
 def require_resize(resize: object) -> None:
@@ -92,7 +99,13 @@ def prepare_pair(
     """Both maps, checked: the student's at the teacher's size if asked, the teacher's detached."""
     for name, features, count in zip(names, (student, teacher), channels, strict=True):
         require_channels(name, features, count)
-    if resize is not None and student.shape[2:] != teacher.shape[2:]:
+    if student.shape[2:] != teacher.shape[2:]:
+        if resize is None:
+            raise ValueError(
+                f"`{names[0]}` must have the height and width of `{names[1]}` "
+                f"{tuple(teacher.shape)}, or be resized to them by the loss's argument `resize`, "
+                f"got {tuple(student.shape)}."
+            )
         align_corners = False if resize in ("bilinear", "bicubic") else None
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize, align_corners=align_corners)

@@ -34,6 +34,10 @@ def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     Returns:
         `(B, H, W)`, at least 0 where `absolute`, in float32 or wider, in the unit of the features.
 
+    Accuracy:
+        Value within 4e-6, gradient within 4e-7, relative to the mean of \|A\| and to itself; inf
+        where the sum passes 3.4e38.
+
     Raises:
         TypeError: `features` is no floating-point tensor.
         ValueError: `features` is not of shape `(B, C, H, W)`.
@@ -61,6 +65,10 @@ def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
 
     Returns:
         `(B, C)`, at least 0 where `absolute`, in float32 or wider, in the unit of the features.
+
+    Accuracy:
+        Value within 4e-6, gradient within 4e-7, relative to the mean of \|A\| and to itself; inf
+        where the sum passes 3.4e38.
 
     Raises:
         TypeError: `features` is no floating-point tensor.
@@ -97,13 +105,18 @@ def attention_mask(
     to be constants (the modules do).
 
     Args:
-        student_attention: `(B, H, W)`, `(B, C)` or any `(B, ...)`.
+        student_attention: `(B, H, W)`, `(B, C)` or any `(B, ...)`; -inf leaves an element out.
         teacher_attention: the same shape.
         temperature: T, above 0, in the unit of the maps; the smaller, the sharper the mask.
         fusion: `"logits"` (the paper) or `"probabilities"` (the released code).
 
     Returns:
         The shape of the inputs, at least 0, each image's elements summing to n; float32 or wider.
+
+    Accuracy:
+        Value within 1e-6, gradients within 1e-6, relative to (1 + s) times each element and times
+        the same sums of absolute values; s is the largest minus the smallest element of one map
+        plus that of the other, over T. NaN at the worst where s or a map passes 1e38.
 
     Raises:
         TypeError: a map is no floating-point tensor, or `temperature` no number.
@@ -133,14 +146,22 @@ def attention_mask(
     require_choice("fusion", fusion, FUSIONS)
 
     dtype = compute_dtype(student_attention, teacher_attention)
-    student_logits = student_attention.to(dtype).flatten(1)
-    teacher_logits = teacher_attention.to(dtype).flatten(1)
+    # Each map less its largest element: no overflow, and what they have in common rounds away
+    # nothing of their sum.
+    flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))
+    student_logits, teacher_logits = (x - x.detach().amax(1, keepdim=True) for x in flat)
     if fusion == "logits":
-        mask = ((student_logits + teacher_logits) / temperature).softmax(1)
+        mask = _softmax_of_mean_1((student_logits + teacher_logits) / temperature)
     else:
-        student_mask = (student_logits / temperature).softmax(1)
-        mask = (student_mask + (teacher_logits / temperature).softmax(1)) / 2
-    return (mask * mask.shape[1]).reshape(student_attention.shape)
+        student_mask = _softmax_of_mean_1(student_logits / temperature)
+        mask = (student_mask + _softmax_of_mean_1(teacher_logits / temperature)) / 2
+    return mask.reshape(student_attention.shape)
+
+
+def _softmax_of_mean_1(logits: Tensor) -> Tensor:
+    """`n softmax(logits)` over n; `mean` adds by pairs, torch's softmax one by one in float32."""
+    weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
+    return weights / weights.mean(1, keepdim=True)
 
 
 class SpatialAttention(nn.Module):

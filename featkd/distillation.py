@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import require_flag, require_tensor
+from ._checks import require_count, require_flag, require_tensor
 from ._means import MAPS, attention_maps
 from ._precision import compute_dtype
 from .adapters import prepare_pair, require_resize
@@ -32,8 +32,8 @@ class FeatureDistillationLoss(nn.Module):
     Args:
         student_channels: C_S for one level, or a mapping from level name to C_S.
         teacher_channels: C_T likewise, with the same levels.
-        hyperparameters: :data:`NORMALIZED`, :data:`TWO_STAGE`, :data:`ONE_STAGE`,
-            :data:`RELEASED_TWO_STAGE`, :data:`RELEASED_ONE_STAGE` or one's own
+        hyperparameters: :data:`.NORMALIZED`, :data:`.TWO_STAGE`, :data:`.ONE_STAGE`,
+            :data:`.RELEASED_TWO_STAGE`, :data:`.RELEASED_ONE_STAGE` or one's own
             :class:`Hyperparameters`.
         inter_channels, subsample: of the relations, see :class:`featkd.NonLocalRelation`; one value
             or a mapping from level name to value.
@@ -47,9 +47,9 @@ class FeatureDistillationLoss(nn.Module):
     names to such tensors.
 
     Returns:
-        `{"attention_transfer": ..., "attention_masked": ..., "non_local": ...}`, each weighted and
-        summed over the levels, so that `sum((detector_losses | distillation_losses).values())` is
-        the training loss.
+        The terms `"attention_transfer"`, `"attention_masked"` and `"non_local"` by name, each
+        weighted and summed over the levels, so that
+        `sum((detector_losses | distillation_losses).values())` is the training loss.
 
     Raises:
         TypeError: a mapping stands where a tensor belongs or the other way round, or a tensor is
@@ -103,6 +103,14 @@ class FeatureDistillationLoss(nn.Module):
         self.channels = {level: (ours[level], theirs[level]) for level in self.levels}
         widths = _per_level("inter_channels", inter_channels, self.levels)
         factors = _per_level("subsample", subsample, self.levels)
+        # Here for all terms: one without weight builds nothing that would check them.
+        for level in self.levels:
+            at_level = "" if self.single else f"[{level!r}]"
+            require_count(f"student_channels{at_level}", ours[level])
+            require_count(f"teacher_channels{at_level}", theirs[level])
+            if widths[level] is not None:
+                require_count(f"inter_channels{at_level}", widths[level])
+            require_count(f"subsample{at_level}", factors[level])
 
         self.attention_transfer = nn.ModuleDict()
         self.attention_masked = nn.ModuleDict()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import require_callable, require_flag
+from ._checks import require_callable, require_flag, require_losses
 from ._early_stop import left_early
-from ._paths import pair_of, resolve
+from ._paths import pair_of, require_module, resolve
 from .distillation import FeatureDistillationLoss
 from .layouts import Convert, converts_by_side
 from .report import Report, Step, introduce, make_report
@@ -54,7 +54,8 @@ class Distiller(nn.Module):
     Raises:
         TypeError: an argument is not of its kind.
         ValueError: a path is unknown, or levels do not fit the loss.
-        RuntimeError (forward): a tapped module did not run once, see :meth:`featkd.FeatureTap.pop`.
+        RuntimeError: in a forward a tapped module did not run once, see
+            :meth:`featkd.FeatureTap.pop`.
 
     Reference: Zhang & Ma (ICLR 2021), figure 2d.
 
@@ -83,8 +84,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"`{name}` must be an nn.Module, got {type(module).__name__}.")
+            require_module(name, module)
         if student is teacher:
             raise ValueError("`teacher` must be another module than `student`, got the same.")
         if not isinstance(layers, Mapping):
@@ -215,12 +215,17 @@ class Distiller(nn.Module):
                 )
         teacher_features = self._teacher_features(args, kwargs, shared)
         for level, features in teacher_features.items():
+            if features.is_meta and not student_features[level].is_meta:
+                raise ValueError(
+                    f"`layers[{level!r}]` must have values in the teacher, got the meta device."
+                )
             teacher_features[level] = features.to(student_features[level].device)
         if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:
             (level,) = student_features
             losses = self.loss(student_features[level], teacher_features[level])
         else:
             losses = self.loss(student_features, teacher_features)
+        require_losses(losses)
         inputs = (args, kwargs) if shared is None else shared
         return Step(output, losses, student_features, teacher_features, inputs)
 

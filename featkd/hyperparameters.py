@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from ._checks import require_choice, require_flag, require_number, require_weight
+from ._checks import require_choice, require_flag, require_number
 from ._means import Attention
 from ._reduction import Reduction, require_reduction
 from .attention import Fusion
@@ -57,7 +57,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
-            require_weight(name, getattr(self, name))
+            require_number(name, getattr(self, name), least=0)
         require_number("temperature", self.temperature, above=0)
         require_choice("fusion", self.fusion, get_args(Fusion))
         require_flag("absolute", self.absolute)
@@ -77,7 +77,7 @@ ONE_STAGE = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=0.5)
 """As printed in section 4.1 for one-stage detectors."""
 
 NORMALIZED = Hyperparameters(alpha=0.0, beta=4.0, gamma=0.0, temperature=0.5, normalize=True)
-"""Beyond the paper: L_AM alone, in units of the teacher's own norm; what the main job measures."""
+"""L_AM alone, in units of the teacher's norm; beyond the paper, and what the main job measures."""
 
 RELEASED_TWO_STAGE = Hyperparameters(
     alpha=4e-3,

@@ -31,9 +31,10 @@ def from_channels_last(features: Tensor) -> Tensor:
         torch.Size([2, 96, 14, 20])
     """
     require_tensor("features", features)
-    if features.dim() != 4:
+    if features.dim() != 4 or 0 in features.shape[1:]:
         raise ValueError(
-            f"`features` must have the shape (B, H, W, C), got {tuple(features.shape)}."
+            "`features` must have the shape (B, H, W, C) with H, W and C at least 1, "
+            f"got {tuple(features.shape)}."
         )
     return features.permute(0, 3, 1, 2)
 
@@ -65,10 +66,9 @@ def from_tokens(tokens: Tensor, size: tuple[int, int], *, prefix: int = 0) -> Te
     height, width = size
     require_count("size[0]", height)
     require_count("size[1]", width)
-    if prefix != 0:
-        require_count("prefix", prefix)
+    require_count("prefix", prefix, least=0)
     count = prefix + height * width
-    if tokens.dim() != 3 or tokens.shape[1] != count:
+    if tokens.dim() != 3 or tokens.shape[1] != count or tokens.shape[2] == 0:
         raise ValueError(
             f"`tokens` must have the shape (B, {count}, C), {prefix} + {height} x {width} tokens, "
             f"got {tuple(tokens.shape)}."

@@ -17,9 +17,23 @@ from ._checks import (
     require_tensor,
 )
 from ._masked_norm import masked_norm
-from ._means import MAPS, OVER_CHANNELS, OVER_POSITIONS, Attention, Maps, attention_maps
+from ._means import (
+    MAPS,
+    OVER_CHANNELS,
+    OVER_POSITIONS,
+    Attention,
+    Maps,
+    attention_maps,
+    require_maps,
+)
 from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
-from .adapters import Conv2d, prepare_pair, require_channel_counts, require_resize
+from .adapters import (
+    Conv2d,
+    prepare_pair,
+    require_channel_counts,
+    require_channels,
+    require_resize,
+)
 from .attention import Fusion, attention_mask
 
 
@@ -45,11 +59,17 @@ def attention_masked_loss(
         spatial_mask: M_s, `(B, H, W)`, at least 0; `None` is all ones.
         channel_mask: M_c, `(B, C)`, at least 0; `None` is all ones.
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code).
+            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+            (beyond the paper).
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
         wider. 0 with gradient 0 where the features are equal.
+
+    Accuracy:
+        Value within 2e-6, gradients within 4e-6, relative to itself and to the largest element,
+        for losses from 1e-19 sqrt(CHW) to 1.8e19. Above it is inf with gradient 0; below, the
+        squares underflow: it is off by up to 4e-23 sqrt(CHW), to 0 with gradient 0 in the end.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -166,6 +186,10 @@ class AttentionMaskedLoss(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
         dims = MAPS[self.attention]
+        require_channels("student", student, self.student_channels)
+        require_feature_pair(adapted, teacher, same_channels=True, names=("adapted", "teacher"))
+        require_feature_pair(student, teacher, same_channels=False)
+        require_maps(maps, dims, student, teacher)
         one_channel_index = self.student_channels == self.teacher_channels
         if maps is None:
             of_student = dims if one_channel_index else tuple(d for d in dims if d == OVER_CHANNELS)

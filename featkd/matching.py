@@ -78,6 +78,8 @@ class LayerMatch:
     def select(self, *levels: str) -> LayerMatch:
         """The same with these levels alone."""
         for level in levels:
+            if not isinstance(level, str):
+                raise TypeError(f"`levels` must be strings, got {type(level).__name__}.")
             if level not in self.pairs:
                 raise ValueError(f"`levels` must be among {list(self.pairs)}, got {level!r}.")
         return replace(self, pairs={level: self.pairs[level] for level in levels})

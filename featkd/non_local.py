@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import require_choice, require_count, require_flag
+from ._checks import require_choice, require_count, require_flag, require_same_device
 from ._reduction import Reduction, norm_per_image, reduce_distances, relative_to, require_reduction
 from .adapters import (
     Conv2d,
@@ -90,6 +90,7 @@ class NonLocalRelation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         require_channels("features", features, self.in_channels)
+        require_same_device("features", features, "NonLocalRelation", self.g.weight)
         theta = features if self.theta is None else self.theta(features)
         phi = self._pool(features if self.phi is None else self.phi(features))
         g = self._pool(self.g(features))

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ._checks import require_number, require_same_device, require_tensor
 from ._kernels import attend, rectified_sum
+from ._masked_norm import masked_norm
 from ._precision import compute_dtype, full_precision
-from ._reduction import Reduction, norm_per_image, reduce_distances, require_reduction
+from ._reduction import Reduction, reduce_distances, require_reduction
 
 
 def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
@@ -23,6 +24,12 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
         `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
         (a second derivative builds their matrix).
 
+    Accuracy:
+        Value within 1e-5, gradients within 4e-5, relative to (1 + l) max_j \|g_j\| and to (1 + l)
+        times the same sums of absolute values; l is the largest sum over the channels of
+        \|x_i\| \|x_j\|. From l of 1e5 on that leaves only that the result is a weighted mean of the
+        g_j. NaN where logits may pass 3.4e38.
+
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: the shapes or devices do not fit.
@@ -36,7 +43,8 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
                   [1.5000, 1.5000]]]])
     """
     _require_positions("features", features)
-    return embedded_gaussian_relation(features, features, g)
+    wide = features.to(compute_dtype(features))  # here, so that its gradient is rounded once
+    return embedded_gaussian_relation(wide, wide, g)
 
 
 def embedded_gaussian_relation(
@@ -55,6 +63,12 @@ def embedded_gaussian_relation(
     Returns:
         `(B, D, *positions of theta)`, in the unit of g; float32 or wider. Memory is linear in the
         positions (a second derivative builds their matrix).
+
+    Accuracy:
+        Value within 1e-5, gradients within 4e-5, relative to (1 + l) max_j \|g_j\| and to (1 + l)
+        times the same sums of absolute values; l is the largest sum over the channels of
+        \|s theta_i\| \|phi_j\|. From l of 1e5 on that leaves only that the result is a weighted
+        mean of the g_j. NaN where logits may pass 3.4e38.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or `scale` no number.
@@ -80,7 +94,7 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     r"""Dot-product relation, in time and memory linear in the positions.
 
     .. math:: r_i = \frac{1}{N} \sum_j (\theta_i \cdot \phi_j) \, g_j
-                  = \Big( \frac{1}{N} \sum_j g_j \phi_j^\top \Big) \theta_i
+                  = \Bigl( \frac{1}{N} \sum_j g_j \phi_j^\top \Bigr) \theta_i
 
     Args:
         theta: `(B, C, *positions)`.
@@ -89,6 +103,12 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions of theta)`, in the unit of theta * phi * g; float32 or wider.
+
+    Accuracy:
+        Value within 1e-3, gradients within 1e-3, relative to the same sums of absolute values; for
+        random features 2e-6, but matrix products add one by one, so that a constant or a spike over
+        100,000 keys costs digits. inf or NaN where a sum of products passes 3.4e38; products below
+        1e-38 lose digits and end at 0.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -129,6 +149,11 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     Returns:
         `(B, D, *positions of theta)`, in the unit of theta * g; float32 or wider.
 
+    Accuracy:
+        Value within 4e-7, gradients within 4e-6, relative to (\|theta_i\| + max \|phi\|) times the
+        mean of \|g\| and to the same for the gradients. Which keys a query sees is exact.
+        inf or NaN where a sum passes 3.4e38.
+
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: the shapes or devices do not fit.
@@ -163,11 +188,17 @@ def non_local_loss(
         student_relation: `(B, D, *positions)`.
         teacher_relation: the same shape.
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code).
+            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+            (beyond the paper).
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
         wider. 0 with gradient 0 where they are equal.
+
+    Accuracy:
+        Value within 2e-6, gradients within 4e-6, relative to itself and to the largest element,
+        for losses from 1e-19 sqrt(DN) to 1.8e19. Above it is inf with gradient 0; below, the
+        squares underflow: it is off by up to 4e-23 sqrt(DN), to 0 with gradient 0 in the end.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -189,9 +220,8 @@ def non_local_loss(
             f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}."
         )
     require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
-    dtype = compute_dtype(student_relation, teacher_relation)
-    difference = student_relation.to(dtype) - teacher_relation.to(dtype)
-    return reduce_distances(norm_per_image(difference), reduction)
+    student, teacher = (x.flatten(2)[..., None] for x in (student_relation, teacher_relation))
+    return reduce_distances(masked_norm(student, teacher, None, None), reduction)
 
 
 def _require_positions(name: str, value: Tensor) -> None:

@@ -88,6 +88,8 @@ def make_report(
     with preserved(distiller, distiller.teacher), torch.enable_grad():
         step = distiller._step(args, kwargs)
         losses = {name: value.sum() for name, value in step.losses.items()}
+        if any(value.is_meta for value in losses.values()):
+            raise ValueError("`distiller` must hold values to report, got the meta device.")
         detector = detector_loss(step.output)
         for text in _out_of_scale(losses, detector):
             warnings.warn(text, stacklevel=3)

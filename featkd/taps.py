@@ -146,12 +146,22 @@ class FeatureTap:
             for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version, grad_enabled)
                 name = alias if expected == 1 else f"{alias}[{index}]"
-                features[name] = self.convert.get(alias, _as_it_is)(feature)
+                features[name] = self._converted(alias, feature)
         return features
 
     def remove(self) -> None:
         """Take the hooks off the model; the tap captures nothing any more."""
         self._finalizer()
+
+    def _converted(self, alias: str, feature: Tensor) -> Tensor:
+        if alias not in self.convert:
+            return feature
+        found: object = self.convert[alias](feature)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"`convert[{alias!r}]` must return a tensor, got {type(found).__name__}."
+            )
+        return found
 
     def _by_alias(self, name: str, values: Mapping[str, T] | None, kind: str) -> dict[str, T]:
         """An argument for some aliases, checked by kind and names."""
@@ -223,10 +233,6 @@ def _rebuild(
     convert: dict[str, Convert],
 ) -> FeatureTap:
     return FeatureTap(model, layers, clone=clone, calls=calls, convert=convert)
-
-
-def _as_it_is(feature: Tensor) -> Tensor:
-    return feature
 
 
 def _remove_all(handles: Iterable[RemovableHandle]) -> None:

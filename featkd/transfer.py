@@ -12,9 +12,11 @@ from ._checks import (
     require_choice,
     require_feature_pair,
     require_flag,
+    require_same_device,
     require_shape,
+    require_tensor,
 )
-from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps
+from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps, require_maps
 from ._precision import full_precision
 from ._reduction import (
     Reduction,
@@ -57,11 +59,19 @@ def attention_transfer_loss(
         channel_adapter: applied to the student's channel map, `(B, C_S) -> (B, C_T)`.
         absolute: attention of \|A\| (the paper) or of A (the authors' released code).
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code).
+            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+            (beyond the paper).
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
         wider. 0 with gradient 0 where the maps are equal.
+
+    Accuracy:
+        Value within 4e-6, gradients within 4e-6, relative to n, the sum of the norms of all four
+        maps, and to n / d times the largest element, with d the smaller of the two distances: a
+        distance is a difference of means, and where different features have equal maps its
+        gradient's direction is left to rounding. inf with gradient 0 where a distance passes
+        1.8e19; distances below 1e-19 times the root of the map's size lose digits and end at 0.
 
     Raises:
         TypeError: features are no floating-point tensors, or an adapter is not callable.
@@ -117,9 +127,9 @@ def _adapt(name: str, adapter: Adapter | None, student_map: Tensor, teacher_map:
         return student_map
     with full_precision(student_map):
         adapted = adapter(student_map)
-    if not isinstance(adapted, Tensor):
-        raise TypeError(f"`{name}` must return a tensor, got {type(adapted).__name__}.")
+    require_tensor(name, adapted, verb="return")
     require_shape(name, adapted, tuple(teacher_map.shape), "a result of the shape")
+    require_same_device(name, adapted, "teacher", teacher_map)
     return adapted
 
 
@@ -196,6 +206,7 @@ class AttentionTransferLoss(nn.Module):
         channels = self.student_channels, self.teacher_channels
         student, teacher = prepare_pair(student, teacher, channels, self.resize)
         dims = MAPS[self.attention]
+        require_maps(maps, dims, student, teacher)
         ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
         distances = _distances(
             dims, ours, theirs, self.spatial_adapter, self.channel_adapter, self.normalize

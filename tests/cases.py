@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import featkd
 
-REDUCTIONS = ("none", "mean", "sum", "norm")
+REDUCTIONS = ("none", "mean", "sum", "norm", "mean_square")
 FUSIONS = ("logits", "probabilities")
 KINDS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 

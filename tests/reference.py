@@ -67,6 +67,8 @@ def reduce(distances, reduction):
         return np.array(distances)
     if reduction == "norm":
         return math.sqrt(sum(distance**2 for distance in distances))
+    if reduction == "mean_square":
+        return reduce([distance**2 for distance in distances], "mean")
     total = sum(distances)
     return total / len(distances) if reduction == "mean" and len(distances) else float(total)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, close
+from cases import CASES, KINDS, close
 from torch import nn
 
 import featkd
@@ -112,3 +112,34 @@ def test_features_on_two_devices_are_an_error():
     maps = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match="must be on the device of `teacher` cuda:0, got cpu"):
         featkd.attention_masked_loss(maps, maps.cuda())
+
+
+@pytest.fixture
+def deterministic_algorithms(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def repeats(function):
+    first, *others = (function() for _ in range(3))
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [case for case in CASES if not case.adapters], ids=str)
+def test_functions_repeat_bit_for_bit(case, deterministic_algorithms):
+    def run():
+        output, gradients = value_and_gradients(case, torch.float32, "cuda")
+        return output, *gradients
+
+    assert repeats(run)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_distiller_repeats_bit_for_bit(kind, deterministic_algorithms):
+    distiller = make_distiller("cuda", kind=kind)
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    assert repeats(lambda: losses_and_gradient(distiller, images, enabled=False))

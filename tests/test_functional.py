@@ -1,5 +1,6 @@
 """Every function: golden values, the NumPy loops, gradients, dtypes, layouts, bad numbers."""
 
+import contextlib
 import functools
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from cases import CASES, LOSSES, REDUCTIONS, RELATIONS, Case, close, normal
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import featkd
@@ -120,6 +122,7 @@ def test_golden_mask_of_different_maps():
         (True, "mean", 12.75),
         (True, "sum", 25.5),
         (True, "norm", math.sqrt(5**2 + 10**2) + math.sqrt(3.5**2 + 7**2)),
+        (True, "mean_square", (5**2 + 10**2 + 3.5**2 + 7**2) / 2),
         (False, "none", [5 + 0.5, 10 + 7]),
         (False, "norm", math.sqrt(5**2 + 10**2) + math.sqrt(0.5**2 + 7**2)),
     ],
@@ -220,6 +223,7 @@ def test_reductions_agree(name):
     close(default(**default.inputs(batch=3)), by_reduction["mean"])
     if name != "transfer":  # there each of the two distances is reduced before they are added
         close(by_reduction["norm"], by_reduction["none"].square().sum().sqrt())
+        close(by_reduction["mean_square"], by_reduction["none"].square().mean())
 
 
 @each_case
@@ -381,6 +385,26 @@ def test_mixed_dtypes(case, low, high, first_is_low):
         assert gradient.dtype == tensors[name].dtype, name
 
 
+@each_case
+@pytest.mark.parametrize("formula", ["closed", "plain"])
+def test_one_wide_tensor_among_half_precision_ones_widens_all(case, formula):
+    with contextlib.nullcontext() if formula == "closed" else forward_ad.dual_level():
+        for wide, value in case.inputs().items():
+            tensors = case.inputs(dtype=torch.bfloat16) | {wide: value}
+            output = case(**tensors)
+            assert output.dtype == torch.float64, wide
+            close(output, case.expected(**tensors), 1e-5)
+
+
+@each_case
+def test_the_plain_formula_computes_half_precision_in_float32_too(case):
+    tensors = case.inputs(dtype=torch.float16)
+    with forward_ad.dual_level():
+        output = case(**tensors)
+    assert output.dtype == torch.float32
+    close(output, case.expected(**tensors), 1e-5)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case.adapters], ids=str)
 def test_half_precision_of_magnitude_300_does_not_overflow(case):
     """256 channels of 16x16, as the design asks; float16 ends at 65504."""
@@ -446,6 +470,17 @@ def test_expanded_inputs(case):
 
 
 # --- the edges of the domain ----------------------------------------------------------------------
+
+
+def test_masks_of_zeros_give_0_with_gradient_0_for_the_masks_too():
+    tensors = leaves(
+        {"student": normal(2, 3, 4, 5, seed=1), "teacher": normal(2, 3, 4, 5, seed=2)}
+        | {"spatial_mask": torch.zeros(2, 4, 5), "channel_mask": torch.ones(2, 3)}
+    )
+    loss = functional.attention_masked_loss(**tensors)
+    close(loss, 0.0, 0.0)
+    for gradient in torch.autograd.grad(loss, tensors.values()):
+        close(gradient, torch.zeros_like(gradient), 0.0)
 
 
 @each_case
@@ -543,7 +578,7 @@ def test_no_graph_without_gradients(case):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation made."""
+    """Remembers the number of elements of the largest tensor that any operation made; not views."""
 
     def __init__(self):
         super().__init__()
@@ -553,7 +588,8 @@ class LargestTensor(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         sizes = [output.numel() for output in outputs if isinstance(output, Tensor)]
-        self.elements = max([self.elements, *sizes])
+        if not function.is_view:
+            self.elements = max([self.elements, *sizes])
         return result
 
 

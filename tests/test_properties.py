@@ -304,7 +304,7 @@ def test_the_gradient_reaches_the_student_only(build, pair):
 @given(generic_pairs())
 def test_duplicating_the_batch(loss, pair):
     twice = [torch.cat([features, features]) for features in pair]
-    ratio = {"mean": 1, "sum": 2, "norm": math.sqrt(2)}
+    ratio = {"mean": 1, "sum": 2, "norm": math.sqrt(2), "mean_square": 1}
     for reduction, expected in ratio.items():
         once = loss(*pair, reduction=reduction)
         close(loss(*twice, reduction=reduction) / once, expected)
@@ -313,7 +313,12 @@ def test_duplicating_the_batch(loss, pair):
 @each_loss
 @given(pairs)
 def test_a_batch_has_the_losses_of_its_images(loss, pair):
-    for reduction, rule in {"none": "mean", "mean": "mean", "sum": "sum"}.items():
+    for reduction, rule in {
+        "none": "mean",
+        "mean": "mean",
+        "sum": "sum",
+        "mean_square": "mean",
+    }.items():
         reduced = functools.partial(loss, reduction=reduction)
         testing.assert_batch_consistent(reduced, *pair, reduction=rule)
 

@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import require_feature_pair
+from .._checks import require_feature_pair, require_tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Property = Callable[[Loss, Tensor, Tensor], Any]
 
 
+def require_arguments(
+    loss: object, student: Tensor, teacher: Tensor, *, same_channels: bool = False
+) -> None:
+    """What every assertion takes: a loss to call, and features with numbers in them."""
+    if not callable(loss):
+        raise TypeError(f"`loss` must be callable, got {type(loss).__name__}.")
+    require_feature_pair(student, teacher, same_channels=same_channels)
+    if student.shape[0] == 0 or student.is_meta:
+        found = "the meta device" if student.is_meta else tuple(student.shape)
+        raise ValueError(f"`student` must hold at least one image's values, got {found}.")
+
+
 def value_of(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    require_feature_pair(student, teacher, same_channels=False)
     value = loss(student, teacher)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`loss` must return a tensor, got {type(value).__name__}.")
+    require_tensor("loss", value, verb="return")
     return value
 
 

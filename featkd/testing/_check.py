@@ -76,12 +76,36 @@ def check(
           student: float64 (1, 1, 1, 2) [...]
           teacher: float64 (1, 1, 1, 2) [...]
     """
+    properties = _require_arguments(loss, properties, pairs, settings)
     if settings is None:
         settings = hypothesis.settings(deadline=None)
     pairs = feature_pairs() if pairs is None else pairs
     found = [_counterexample(loss, holds, pairs, settings) for holds in properties]
     if any(found):
         raise AssertionError("\n".join(filter(None, found)))
+
+
+def _require_arguments(
+    loss: object, properties: object, pairs: object, settings: object
+) -> tuple[Property, ...]:
+    if not callable(loss):
+        raise TypeError(f"`loss` must be callable, got {type(loss).__name__}.")
+    if not isinstance(properties, Iterable) or isinstance(properties, Tensor):
+        found = type(properties).__name__
+        raise TypeError(f"`properties` must be a list of assertions, got {found}.")
+    properties = tuple(properties)
+    for holds in properties:
+        if not callable(holds):
+            raise TypeError(f"`properties` must hold assertions, got {type(holds).__name__}.")
+    if not properties:
+        raise ValueError("`properties` must hold at least one assertion, got none.")
+    if not isinstance(pairs, SearchStrategy | None):
+        found = type(pairs).__name__
+        raise TypeError(f"`pairs` must be a hypothesis strategy or None, got {found}.")
+    if not isinstance(settings, hypothesis.settings | None):
+        found = type(settings).__name__
+        raise TypeError(f"`settings` must be hypothesis.settings or None, got {found}.")
+    return properties
 
 
 def _counterexample(

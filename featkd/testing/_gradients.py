@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import require_feature_pair
-from ._calls import Loss, gradient_of, text, value_of
+from ._calls import Loss, gradient_of, require_arguments, text, value_of
 
 
 def assert_finite_gradient_at_equality(loss: Loss, student: Tensor, teacher: Tensor) -> None:
@@ -27,7 +26,7 @@ def assert_finite_gradient_at_equality(loss: Loss, student: Tensor, teacher: Ten
         AssertionError: assert_finite_gradient_at_equality: ... got [nan, nan].
     """
     name = "assert_finite_gradient_at_equality"
-    require_feature_pair(student, teacher, same_channels=True)
+    require_arguments(loss, student, teacher, same_channels=True)
     first_equal = torch.cat([teacher[:1].to(student.dtype), student[1:]])
     where = {"student = teacher": (teacher.clone(), teacher), "image 0 is": (first_equal, teacher)}
     for equal, pair in where.items():
@@ -56,6 +55,7 @@ def assert_gradient_reaches_student_only(loss: Loss, student: Tensor, teacher: T
         ... )
     """
     name = "assert_gradient_reaches_student_only"
+    require_arguments(loss, student, teacher)
     gradient_of(name, loss, student, teacher)
     teacher = teacher.detach().requires_grad_()
     value = value_of(loss, student.detach().requires_grad_(), teacher)
@@ -87,6 +87,7 @@ def assert_gradient_matches_finite_differences(
         >>> assert_gradient_matches_finite_differences(attention_transfer_loss, student, teacher)
     """
     name = "assert_gradient_matches_finite_differences"
+    require_arguments(loss, student, teacher)
     student, teacher = student.detach().double(), teacher.detach().double()
     value, gradient = gradient_of(name, loss, student, teacher)
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +134,7 @@ def assert_descends(loss: Loss, student: Tensor, teacher: Tensor) -> None:
         AssertionError: assert_descends: a step against the gradient [1, 1] must lower the loss ...
     """
     name = "assert_descends"
+    require_arguments(loss, student, teacher)
     value, gradient = gradient_of(name, loss, student, teacher)
     before, largest = float(value.sum()), float(gradient.abs().max())
     if largest == 0:

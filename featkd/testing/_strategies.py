@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from .._checks import require_choice, require_count
+from .._checks import require_choice, require_count, require_number
 
 Counts = int | tuple[int, int]
 Size = tuple[int, int]
+T = TypeVar("T")
 
 _CODES = st.integers(0, 2**32 - 1)
 
@@ -184,23 +186,41 @@ def _bounds(counts: Counts) -> tuple[int, int]:
 
 
 def _counts(name: str, counts: Counts) -> SearchStrategy[int]:
+    for count in counts if isinstance(counts, tuple) else (counts,):
+        require_count(name, count)
+    if isinstance(counts, tuple) and len(counts) != 2:
+        raise ValueError(f"`{name}` must be the least and the largest count, got {counts}.")
     least, largest = _bounds(counts)
-    require_count(name, least)
-    require_count(name, largest)
     if least > largest:
         raise ValueError(f"`{name}` must be the least and the largest count, got {counts}.")
     return st.integers(least, largest)
 
 
 def _layouts(names: Iterable[str]) -> SearchStrategy[str]:
-    names = list(names)
+    names = _require_several("layouts", names)
     for name in names:
         require_choice("layouts", name, LAYOUTS)
     return st.sampled_from(names)
 
 
-def _magnitudes(magnitudes: Sequence[float] | None, dtype: torch.dtype) -> SearchStrategy[float]:
+def _magnitudes(magnitudes: Iterable[float] | None, dtype: torch.dtype) -> SearchStrategy[float]:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {type(dtype).__name__}.")
     if dtype not in _EXTREME:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, _EXTREME))}, got {dtype}.")
     extreme = _EXTREME[dtype]
-    return st.sampled_from((1.0, extreme, 1 / extreme) if magnitudes is None else magnitudes)
+    if magnitudes is None:
+        return st.sampled_from((1.0, extreme, 1 / extreme))
+    magnitudes = _require_several("magnitudes", magnitudes)
+    for magnitude in magnitudes:
+        require_number("magnitudes", magnitude)
+    return st.sampled_from(magnitudes)
+
+
+def _require_several(name: str, values: Iterable[T]) -> list[T]:
+    """At least one; a string is none."""
+    if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"`{name}` must be a list, got {type(values).__name__}.")
+    if not (values := list(values)):
+        raise ValueError(f"`{name}` must hold at least one item, got none.")
+    return values

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import require_choice, require_feature_pair
-from ._calls import Loss, close, gradient_of, size_of, text, value_of
+from .._checks import require_choice, require_number
+from ._calls import Loss, close, gradient_of, require_arguments, size_of, text, value_of
 from ._strategies import LAYOUTS
 
 
@@ -31,7 +31,8 @@ def assert_zero_at_equality(
         >>> student, teacher = torch.randn(2, 1, 3, 2, 3)
         >>> assert_zero_at_equality(non_local_loss, student, teacher)
     """
-    require_feature_pair(student, teacher, same_channels=True)
+    require_arguments(loss, student, teacher, same_channels=True)
+    require_number("tolerance", tolerance, least=0)
     for features in (student, teacher):
         value = value_of(loss, features.clone(), features)
         if not (value.abs() <= tolerance).all():
@@ -51,6 +52,7 @@ def assert_non_negative(loss: Loss, student: Tensor, teacher: Tensor) -> None:
         >>> import torch
         >>> assert_non_negative(lambda s, t: (s - t).mean(), *torch.zeros(2, 1, 1, 1, 2))
     """
+    require_arguments(loss, student, teacher)
     value = value_of(loss, student, teacher)
     if not (value >= 0).all():
         raise AssertionError(
@@ -84,9 +86,10 @@ def assert_batch_consistent(
         >>> total = lambda s, t: (s - t).square().sum()
         >>> assert_batch_consistent(total, student, teacher, reduction="sum")
     """
+    require_arguments(loss, student, teacher)
     require_choice("reduction", reduction, _REDUCE)
     images = zip(student[:, None], teacher[:, None], strict=True)
-    values = torch.stack([value_of(loss, *image).reshape(()) for image in images])
+    values = torch.stack([_one_number(value_of(loss, *image)) for image in images])
     size = size_of(loss, student, teacher)
     for times in (1, 2):
         value = value_of(loss, torch.cat([student] * times), torch.cat([teacher] * times))
@@ -97,6 +100,14 @@ def assert_batch_consistent(
                 f"assert_batch_consistent: the loss of {len(parts)} images whose losses are "
                 f"{text(parts)} must be {_RULE[reduction]} {text(expected)}, got {text(value)}."
             )
+
+
+def _one_number(value: Tensor) -> Tensor:
+    if tuple(value.shape) not in ((), (1,)):
+        raise ValueError(
+            f"`loss` must return a scalar or the shape (B,), got {tuple(value.shape)} for 1 image."
+        )
+    return value.reshape(())
 
 
 _REDUCE = {"mean": torch.mean, "sum": torch.sum, "norm": torch.linalg.vector_norm}
@@ -119,7 +130,7 @@ def assert_channel_permutation_invariant(loss: Loss, student: Tensor, teacher: T
         >>> student, teacher = torch.randn(2, 1, 3, 2, 3)
         >>> assert_channel_permutation_invariant(attention_transfer_loss, student, teacher)
     """
-    require_feature_pair(student, teacher, same_channels=True)
+    require_arguments(loss, student, teacher, same_channels=True)
     value, size = value_of(loss, student, teacher), size_of(loss, student, teacher)
     channels = list(range(student.shape[1]))
     for order in (channels[:2][::-1] + channels[2:], channels[1:] + channels[:1]):
@@ -157,6 +168,7 @@ def assert_spatially_equivariant(loss: Loss, student: Tensor, teacher: Tensor) -
         >>> gap = lambda s, t: spatial_attention(s) - spatial_attention(t)
         >>> assert_spatially_equivariant(gap, student, teacher)
     """
+    require_arguments(loss, student, teacher)
     value, size = value_of(loss, student, teacher), size_of(loss, student, teacher)
     for name, move in _MOVES.items():
         moved = value_of(loss, move(student), move(teacher))
@@ -184,6 +196,7 @@ def assert_layout_independent(loss: Loss, student: Tensor, teacher: Tensor) -> N
         Traceback (most recent call last):
         AssertionError: assert_layout_independent: ... `channels_last`, got RuntimeError: ...
     """
+    require_arguments(loss, student, teacher)
     size = size_of(loss, student, teacher)
     for layout, lay_out in LAYOUTS.items():
         ours, theirs = lay_out(student), lay_out(teacher)
@@ -234,6 +247,7 @@ def assert_nan_is_not_hidden(loss: Loss, student: Tensor, teacher: Tensor) -> No
         Traceback (most recent call last):
         AssertionError: assert_nan_is_not_hidden: ... NaN in the student ..., got 0.
     """
+    require_arguments(loss, student, teacher)
     for side, name in enumerate(("student", "teacher")):
         for index in (0, -1):
             pair = [x.clone(memory_format=torch.contiguous_format) for x in (student, teacher)]
