@@ -9,7 +9,11 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=800)
+hypothesis.settings.register_profile("mutation", deadline=None, max_examples=5, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+ONE_GRAPH_SINCE = (2, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +36,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < ONE_GRAPH_SINCE:
+        fails = pytest.mark.xfail(
+            raises=torch._dynamo.exc.Unsupported,
+            strict=True,
+            reason="this torch's compiler traces no weak reference and no context manager of ours",
+        )
+        for item in items:
+            if item.get_closest_marker("one_graph"):
+                item.add_marker(fails)

@@ -157,4 +157,4 @@ def assert_descends(loss: Loss, student: Tensor, teacher: Tensor) -> None:
 
 def _scale(student: Tensor, teacher: Tensor) -> float:
     """The largest magnitude of both, 1 where all is 0."""
-    return float(torch.maximum(student.abs().max(), teacher.abs().max())) or 1.0
+    return float(torch.maximum(student.detach().abs().max(), teacher.detach().abs().max())) or 1.0
