@@ -632,6 +632,7 @@ def test_two_threads_leave_one_teacher_each_at_its_own_last_tap():
     assert len(heads) == 3
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("part", ["teacher", "backbone", "distiller"])
 def test_compiled_code_runs_to_its_end_and_gives_the_same(part, fresh_compiler):
     plain = make()
@@ -740,6 +741,7 @@ def test_a_student_with_reentrant_checkpointing_is_an_error():
     raises(RuntimeError, lambda: distiller(images()), "use_reentrant=False")
 
 
+@pytest.mark.one_graph
 def test_the_student_exports_as_if_it_had_never_been_distilled():
     distiller = make(shared_input="backbone")
     optimizer = torch.optim.SGD(distiller.parameters(), 0.01)
@@ -807,8 +809,13 @@ REAL = {
 }
 
 
+def marks(name):
+    return [pytest.mark.model_zoo] if name in ("detr", "rt_detr", "timm") else []
+
+
 @pytest.mark.parametrize(
-    ("student", "teacher", "layers", "shared_input", "inputs"), REAL.values(), ids=REAL
+    ("student", "teacher", "layers", "shared_input", "inputs"),
+    [pytest.param(*case, id=name, marks=marks(name)) for name, case in REAL.items()],
 )
 def test_real_models(student, teacher, layers, shared_input, inputs):
     # transformers freezes DETR's backbone

@@ -251,7 +251,7 @@ def step_twice(checkpoint, wrap):
 
 def step_from(checkpoint, wrap):
     model, optimizer = with_optimizer(wrap)
-    weights, state = torch.load(checkpoint)
+    weights, state = torch.load(checkpoint, weights_only=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=FULL)
     detector_step(model)
     optimizer.step()
@@ -276,7 +276,7 @@ def found(folder, unbroken_steps):
     """What each rank has."""
     train_until_the_first_checkpoint(folder / "ddp-one.pt")
     mp.start_processes(run, (folder,), WORLD, start_method="spawn")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def equal(found, expected, tolerance=1e-9):
@@ -313,13 +313,16 @@ def test_a_run_resumes_on_another_number_of_processes(resumed, found, folder, tm
     unbroken = train_on(tmp_path / "unbroken.pt")
     if resumed == "one process after two":
         file = Path(shutil.copy(folder / "ddp-two.pt", tmp_path))
-        assert torch.load(file)["step"] == SETTINGS.checkpoint_every
+        assert torch.load(file, weights_only=True)["step"] == SETTINGS.checkpoint_every
         equal(train_on(file), unbroken)
     else:
         file = folder / "ddp-one.pt"
         for rank in found:
             equal(rank["resumed by ddp"], unbroken)
-    ours, expected = torch.load(file), torch.load(tmp_path / "unbroken.pt")
+    ours, expected = (
+        torch.load(file, weights_only=True),
+        torch.load(tmp_path / "unbroken.pt", weights_only=True),
+    )
     assert ours["step"] == len(ours["curve"]["losses"]) == STEPS
     assert ours["schedule"] == expected["schedule"]
     for index, state in expected["optimizer"]["state"].items():
@@ -335,7 +338,7 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path):
     training.write_atomically(file, {"step": 1})
     with mock.patch.object(torch, "save", write_half), pytest.raises(InterruptError):
         training.write_atomically(file, {"step": 2})
-    assert torch.load(file) == {"step": 1}
+    assert torch.load(file, weights_only=True) == {"step": 1}
 
 
 def test_the_gradients_that_ddp_sends_are_of_the_computed_size(found):

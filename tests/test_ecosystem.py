@@ -53,13 +53,13 @@ class Run:
         file = self.folder / CHECKPOINTS[self.name][1]
         match self.name:
             case "plain_loop":
-                return torch.load(file)["distiller"]
+                return torch.load(file, weights_only=True)["distiller"]
             case "lightning_module":
-                state = torch.load(file)["state_dict"]
+                state = torch.load(file, weights_only=True)["state_dict"]
                 return {key.removeprefix("distiller."): value for key, value in state.items()}
             case "hf_trainer":
                 return load_file(file)
-        return torch.load(file)["model"]
+        return torch.load(file, weights_only=True)["model"]
 
 
 def start(name: str, folder: Path, *arguments: str) -> Run:
@@ -154,7 +154,7 @@ def test_the_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert differences(second.end.state_dict(), first.end.state_dict()) == set()
     third = start("plain_loop", tmp_path, "--steps", "1", "--checkpoint", "plain.pt")
     assert unmoved(first.end, third.end) == []
-    state = torch.load(tmp_path / "plain.pt")["optimizer"]["state"]
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)["optimizer"]["state"]
     assert {int(value["step"]) for value in state.values()} == {3}
 
 

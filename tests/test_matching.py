@@ -81,7 +81,15 @@ def check(match, ours, theirs):
     assert found == {level: (ours[level], theirs[level]) for level in ours if level in theirs}
 
 
-@pytest.mark.parametrize("name", STAGES)
+def cases(rows):
+    """Rows that begin with the names of models; those from beyond torchvision are marked."""
+    return [
+        pytest.param(*row, marks=[pytest.mark.model_zoo] if {*row[:2]} - {*DETECTORS} else [])
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("name", cases((name,) for name in STAGES))
 def test_the_stages_of_a_model(name):
     model, (example, *_) = make(name)
     check(match_layers(model, model, example), STAGES[name], STAGES[name])
@@ -98,7 +106,7 @@ CROSS = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), CROSS)
+@pytest.mark.parametrize(("ours", "theirs"), cases(CROSS))
 def test_the_pairs_of_two_families(ours, theirs):
     (student, (example, *_)), (teacher, _) = make(ours), make(theirs)
     check(match_layers(student, teacher, example), STAGES[ours], STAGES[theirs])
@@ -125,7 +133,7 @@ def training_loss(output):
     return sum(tensor.square().mean() for tensor in tensors)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "shared_input"), TRAINED)
+@pytest.mark.parametrize(("ours", "theirs", "shared_input"), cases(TRAINED))
 def test_a_training_step_on_the_pairs(ours, theirs, shared_input):
     (student, inputs), (teacher, _) = make(ours), make(theirs, (8, 16, 16, 32))
     student.train().requires_grad_(True)  # transformers freezes DETR's backbone
@@ -381,6 +389,7 @@ def test_tokens_are_not_listed():
     assert [layer.path for layer in match.student] == ["0"]
 
 
+@pytest.mark.model_zoo
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize("size", [(64, 96), (64, 64)])
 def test_the_stages_of_a_swin_transformer(name, size):
@@ -400,6 +409,7 @@ def test_torchvisions_swin_transformer():
     assert match.convert == dict.fromkeys(expected, (from_channels_last, from_channels_last))
 
 
+@pytest.mark.model_zoo
 def test_an_example_may_be_given_by_name():
     student, teacher = detr(8, 8, 16, 16), rt_detr(8, 8, 16, 16)
     match = match_layers(student, teacher, pixel_values=PIXELS, output_hidden_states=False)

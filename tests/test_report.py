@@ -393,6 +393,7 @@ def test_without_values_the_first_step_says_nothing(caplog):
     assert not caplog.records
 
 
+@pytest.mark.one_graph
 def test_a_compiled_distiller_says_nothing_and_stays_one_graph(caplog, fresh_compiler):
     caplog.set_level(logging.INFO, "featkd")
     distiller = make(Net(4))

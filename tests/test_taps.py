@@ -369,7 +369,13 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize(("make", "selector", "mention"), STRUCTURES.values(), ids=STRUCTURES)
+@pytest.mark.parametrize(
+    ("make", "selector", "mention"),
+    [
+        pytest.param(*case, id=kind, marks=[pytest.mark.model_zoo] if "model" in kind else [])
+        for kind, case in STRUCTURES.items()
+    ],
+)
 def test_a_structure_needs_a_selector_and_gives_what_it_selects(make, selector, mention):
     model = nn.Sequential(Output(make))
     with FeatureTap(model, ["0"]) as tap:
@@ -382,7 +388,7 @@ def test_a_structure_needs_a_selector_and_gives_what_it_selects(make, selector, 
     ("kind", "selector", "mention"),
     [
         ("dict", "[third]", "['first', 'second']"),
-        ("model output", "[third]", "['first', 'second']"),
+        pytest.param("model output", "[third]", "['first', 'second']", marks=pytest.mark.model_zoo),
         ("tuple", "[2]", "tuple of 2"),
         ("tuple", "[-3]", "tuple of 2"),
         ("tuple", "[first]", "tuple of 2"),
@@ -864,7 +870,11 @@ def test_a_hundred_taps_leave_no_hook():
 # --- torch.export ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("removed", [False, True], ids=["tapped", "after removal"])
+@pytest.mark.parametrize(
+    "removed",
+    [pytest.param(False, marks=pytest.mark.one_graph), True],
+    ids=["tapped", "after removal"],
+)
 def test_the_exported_model_is_that_of_an_untapped_one(removed):
     model = Net()
     tap = FeatureTap(model, LEVELS)

@@ -42,6 +42,7 @@ def agree(ours, expected, tolerance=1e-12):
 # --- taps -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("clone", [True, False])
 @pytest.mark.parametrize("tap_what", ["the model", "the compiled model"])
 def test_a_tap_made_first_equals_eager_in_one_graph(tap_what, clone, counter):
@@ -56,6 +57,7 @@ def test_a_tap_made_first_equals_eager_in_one_graph(tap_what, clone, counter):
     assert counter.frame_count == 1
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("path", ["backbone.c1.norm", "backbone.c1.conv"])
 def test_an_in_place_operation_behind_the_module_changes_nothing(path):
     model = Net()
@@ -66,6 +68,7 @@ def test_an_in_place_operation_behind_the_module_changes_nothing(path):
     agree(step(tap, compiled, images()), step(FeatureTap(plain, [path]), plain, images()))
 
 
+@pytest.mark.one_graph
 def test_calls_between_the_steps_cost_one_graph_and_capture_nothing(counter):
     model = Net()
     tap = FeatureTap(model, LEVELS)
@@ -92,6 +95,7 @@ def test_a_tap_made_after_the_first_compiled_call_is_an_error_not_silence(tap_wh
     step(tap, compiled, images())
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("tap_first", [True, False])
 def test_a_compiled_part_of_the_model(tap_first, counter):
     model = Net()
@@ -104,6 +108,7 @@ def test_a_compiled_part_of_the_model(tap_first, counter):
     assert counter.frame_count == 1
 
 
+@pytest.mark.one_graph
 @torch_reads_grad
 def test_stages_compiled_one_by_one(counter):
     model = Net()
@@ -125,6 +130,7 @@ class FiveLevels(nn.Module):
         return sum(self.head(images + level) for level in range(5))
 
 
+@pytest.mark.one_graph
 @torch_reads_grad
 @pytest.mark.parametrize(("compiled", "graphs"), [("", 1), ("head", 5)], ids=["model", "head"])
 def test_a_shared_head(compiled, graphs, counter):
@@ -137,6 +143,7 @@ def test_a_shared_head(compiled, graphs, counter):
     assert counter.frame_count == graphs
 
 
+@pytest.mark.one_graph
 def test_a_model_compiled_in_place():
     model = Net()
     plain = copy.deepcopy(model)
@@ -145,6 +152,7 @@ def test_a_model_compiled_in_place():
     agree(step(tap, model, images()), step(FeatureTap(plain, LEVELS), plain, images()))
 
 
+@pytest.mark.one_graph
 def test_inductor():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)).double()
     plain = copy.deepcopy(model)
@@ -158,6 +166,7 @@ class Checkpointed(Net):
         return self.head(checkpoint(self.backbone, images, use_reentrant=False))
 
 
+@pytest.mark.one_graph
 def test_checkpointing_inside_a_compiled_model(counter):
     model, plain = Checkpointed(), Net()
     plain.load_state_dict(model.state_dict())
@@ -191,6 +200,7 @@ def distill(distiller, call, batch):
     return [output, *losses.values(), *torch.autograd.grad(total, trained)]
 
 
+@pytest.mark.one_graph
 @pytest.mark.parametrize("shared_input", [None, "backbone"])
 def test_a_compiled_distiller_equals_eager_in_one_graph(shared_input, counter):
     distiller = Distiller(Net(4), Net(6), distillation_loss(), LEVELS, shared_input=shared_input)
@@ -206,6 +216,23 @@ def test_a_compiled_distiller_equals_eager_in_one_graph(shared_input, counter):
     assert counter.frame_count == 1
 
 
+@torch_reads_grad
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+def test_a_compiled_distiller_with_graph_breaks_equals_eager(shared_input):
+    """Which is how an older torch compiles it."""
+    distiller = Distiller(Net(4), Net(6), distillation_loss(), LEVELS, shared_input=shared_input)
+    plain = copy.deepcopy(distiller)
+    distiller.student.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(distiller, backend="aot_eager")
+    for seed in range(2):
+        agree(
+            distill(distiller, compiled, images(seed=seed)),
+            distill(plain, plain, images(seed=seed)),
+            1e-10,
+        )
+
+
+@pytest.mark.one_graph
 def test_a_compiled_distiller_sets_its_teacher_to_eval():
     distiller = Distiller(Net(4), Net(6), distillation_loss(), LEVELS)
     plain = copy.deepcopy(distiller)

@@ -638,7 +638,7 @@ def errors(two_processes):
     folder, processes = two_processes
     while not processes.join():
         pass
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def passed_on_every_rank(errors, name, wrapper):
