@@ -278,11 +278,16 @@ PRESETS = [
     *(settings_of(BASE, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)),
     settings_of(featkd.ONE_STAGE),
     settings_of(featkd.ONE_STAGE, beta=0.01),
+    settings_of(featkd.ONE_STAGE, beta=0.04),
+    settings_of(featkd.ONE_STAGE, temperature=1.0),
+    settings_of(featkd.ONE_STAGE, alpha=0.0),
+    settings_of(featkd.ONE_STAGE, gamma=0.0),
     *(settings_of(featkd.ONE_STAGE, alpha=0.0, gamma=0.0, beta=beta) for beta in (0.02, 0.04)),
     # The teacher's features have a root mean square of about 1.
     settings_of(BASE, normalize=False) | {"unit": "element"},
     *(settings_of(SQUARED, beta=beta) for beta in (4.0, 8.0, 16.0, 32.0)),
     *(settings_of(SQUARED, beta=8.0, temperature=value) for value in (0.25, 1.0)),
+    settings_of(SQUARED, beta=8.0, temperature=1.0, gamma=0.1),
     settings_of(SQUARED, beta=8.0, masked_attention="spatial"),
     settings_of(ALL_TERMS),
     *(
@@ -316,7 +321,7 @@ OPEN = [
     ),
     with_terms("gamma") | {"relation": "tied"},
 ]
-RECOMMENDED = [settings_of(SQUARED, beta=8.0)]
+RECOMMENDED = [settings_of(SQUARED, beta=8.0, temperature=1.0)]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.

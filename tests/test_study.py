@@ -65,7 +65,8 @@ def test_the_main_table_wants_the_tune_table_and_takes_the_best_of_it() -> None:
         for run in runs
         if run.method == "featkd"
     ]
-    assert set(presets) == {replace(study.SQUARED, beta=8.0), study.featkd.ONE_STAGE}
+    recommended = replace(study.SQUARED, beta=8.0, temperature=1.0)
+    assert set(presets) == {recommended, study.featkd.ONE_STAGE}
     assert {run.hyperparameters["weight"] for run in runs if run.method == "pkd"} == {4.0}
 
 
