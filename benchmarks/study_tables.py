@@ -6,7 +6,7 @@ A cell of a table is what differs in nothing but its seed. AP is in points, 0 to
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite, nan, sqrt
 from pathlib import Path
 from statistics import mean, mode, stdev
@@ -16,9 +16,17 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 from study_variants import NAMES, split
 
+import featkd
+
 Line = dict[str, Any]
-PLAIN = "none"
+PLAIN, OURS = "none", "featkd"
+DEFAULTS = dict.fromkeys(NAMES, "") | {
+    each.name: each.default
+    for each in fields(featkd.Hyperparameters)
+    if each.default is not MISSING
+}
 OTHER_METRICS = {"ap50": "AP50", "ap75": "AP75", "ap_s": "AP_S", "ap_m": "AP_M", "ap_l": "AP_L"}
+CELL = ("detector", "student", "teacher", "method", "steps", "data", "hyperparameters")
 HEADER = ("detector", "method", "setting", "AP", "gain", "n", *OTHER_METRICS.values(), "teacher AP")
 
 
@@ -58,17 +66,19 @@ def key(line: Line, *names: str) -> str:
     return json.dumps([line[name] for name in names], sort_keys=True)
 
 
-def cells(lines: Iterable[Line]) -> list[list[Line]]:
-    """Lines that differ in nothing but the seed, in order of their first."""
+def cells(lines: Iterable[Line], names: Sequence[str] = CELL) -> list[list[Line]]:
+    """Lines that agree in `names`, by default in all but the seed; in order of their first."""
     groups: dict[str, list[Line]] = defaultdict(list)
-    names = ("detector", "student", "teacher", "method", "steps", "data", "hyperparameters")
     for line in lines:
         groups[key(line, *names)].append(line)
     return list(groups.values())
 
 
 def paired_gains(lines: Iterable[Line], plain: Iterable[Line]) -> list[float]:
-    """AP of each line less that of the plain student of its seed, where there is one."""
+    """AP of each line less that of the plain student of its seed, where there is one.
+
+    Or less that of another method's.
+    """
     names = ("detector", "student", "seed", "steps", "data")
     partners = {key(line, *names): line["ap"] for line in plain}
     pairs = [(line["ap"], partners.get(key(line, *names))) for line in lines]
@@ -79,7 +89,7 @@ def facts(line: Line) -> dict[str, Any]:
     """What a cell may differ in beside detector and method."""
     shapes = {"student": line["student"], "teacher": line["teacher"] and line["teacher"]["shape"]}
     settings = line["hyperparameters"]
-    if line["method"] == "featkd":
+    if line["method"] == OURS:
         # A line leaves out what is at its default.
         hyperparameters, variants = split(settings)
         settings = asdict(hyperparameters) | dict.fromkeys(NAMES, "") | variants
@@ -115,7 +125,7 @@ def rows(lines: Sequence[Line]) -> list[Row]:
             Row(
                 first["detector"],
                 method,
-                ", ".join(f"{name} {own[name]}" for name in names[method]),
+                setting(own, names[method]),
                 interval([100 * line["ap"] for line in cell]),
                 interval(gains) if gains else None,
                 {name: mean_of(cell, name) for name in OTHER_METRICS},
@@ -123,6 +133,16 @@ def rows(lines: Sequence[Line]) -> list[Row]:
             )
         )
     return sorted(result, key=lambda row: row.detector)
+
+
+def setting(own: dict[str, Any], names: list[str]) -> str:
+    """Of what varies, what is not at its default, or else all of it."""
+    changed = [name for name in names if own[name] != DEFAULTS.get(name)] or names
+    return ", ".join(f"{name} {text(own[name])}" for name in changed)
+
+
+def text(value: float | bool | str) -> str:
+    return f"{value:g}" if type(value) is float else str(value)
 
 
 def mean_of(lines: Iterable[Line], name: str) -> float | None:
@@ -143,7 +163,11 @@ def best(lines: Iterable[Line]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def report(lines: Sequence[Line]) -> str:
     """A table in Markdown."""
-    body = [HEADER, ("---",) * len(HEADER), *map(entries, rows(lines))]
+    return table([HEADER, *map(entries, rows(lines))])
+
+
+def table(body: list[tuple[str, ...]]) -> str:
+    body.insert(1, ("---",) * len(body[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in body)
 
 
@@ -161,14 +185,45 @@ def entries(row: Row) -> tuple[str, ...]:
     return (*first, row.ap.text(), gain, count, *others, number(row.teacher_ap))
 
 
+def comparison(lines: Sequence[Line]) -> str:
+    """A table: AP of each featkd setting less that of every other method, paired by seed.
+
+    By detector, and as the mean over the detectors, whose interval is over the seeds.
+    """
+    ours = [line for line in lines if line["method"] == OURS]
+    others: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["method"] not in (OURS, "teacher"):
+            others[line["method"]].append(line)
+    names = varying(ours)[OURS]
+    body = []
+    for everywhere in cells(ours, CELL[1:]):
+        detectors = cells(everywhere)
+        shown = setting(facts(everywhere[0]), names)
+        for cell in detectors:
+            found = [paired_gains(cell, rivals) for rivals in others.values()]
+            body.append((cell[0]["detector"], shown, *map(difference, found)))
+        means = []
+        for rivals in others.values():
+            by_seed = [paired_gains(lines, rivals) for lines in cells(everywhere, ("seed",))]
+            whole = [mean(gains) for gains in by_seed if len(gains) == len(detectors)]
+            means.append(difference(whole))
+        body.append(("mean", shown, *means))
+    return table([("detector", "setting", *(f"over {name}" for name in others)), *body])
+
+
+def difference(gains: Sequence[float]) -> str:
+    return interval(gains).text("+") if gains else ""
+
+
 def sweeps(lines: Iterable[Line]) -> dict[str, list[tuple[Any, list[Line]]]]:
     """By name of a hyperparameter its values, ascending, and their cells.
 
     The others stand at what most cells have.
     """
-    lines = [line for line in lines if line["method"] == "featkd"]
+    lines = [line for line in lines if line["method"] == OURS]
     found = [(facts(cell[0]), cell) for cell in cells(lines)]
-    names = varying(lines).get("featkd", [])
+    names = varying(lines).get(OURS, [])
     usual = {name: mode(own[name] for own, _ in found) for name in names}
     return {
         name: sorted(

@@ -389,6 +389,36 @@ def test_the_setting_says_what_differs_and_nothing_else() -> None:
     assert [row.setting for row in study_tables.rows(lines)] == ["teacher 6-1-32", "teacher 8-1-32"]
 
 
+def test_a_setting_at_its_default_is_left_out_where_something_else_is_said() -> None:
+    lines = []
+    for settings in study.PRESETS:
+        lines += seeds(replace(DISTILLED, hyperparameters=settings), 0.5)
+    found = {row.setting for row in study_tables.rows(lines)}
+    assert (
+        "alpha 0, beta 8, gamma 0, temperature 0.5, reduction mean_square, normalize True" in found
+    )
+    assert "alpha 0.0004, beta 0.02, gamma 0.0004, temperature 0.5" in found
+    assert len(found) == len(study.PRESETS)
+
+
+def test_the_comparison_is_paired_by_seed_and_detector() -> None:
+    rival = replace(DISTILLED, method="pkd", hyperparameters={"weight": 1.0})
+    fcos = seeds(PLAIN, 0.3, 0.4) + seeds(rival, 0.5, 0.5) + seeds(DISTILLED, 0.6, 0.6)
+    lines = fcos + [
+        line | {"detector": "retinanet", "ap": line["ap"] + shift}
+        for line in fcos
+        for shift in [0.1 if line["method"] == "featkd" else 0.0]
+    ]
+    found = [row.split(" | ") for row in study_tables.comparison(lines).splitlines()]
+    assert found[0] == ["| detector", "setting", "over none", "over pkd |"]
+    # 30 and 20 points: mean 25, s = sqrt(50), t_{0.975, 1} = 12.706205
+    assert found[2] == ["| fcos", "", "+25.00 ± 63.53", "+10.00 ± 0.00 |"]
+    assert found[3] == ["| retinanet", "", "+35.00 ± 63.53", "+20.00 ± 0.00 |"]
+    assert found[4] == ["| mean", "", "+30.00 ± 63.53", "+15.00 ± 0.00 |"]
+    without = [line for line in lines if (line["detector"], line["seed"]) != ("fcos", 1)]
+    assert "| mean |  | +35.00 | +15.00 |" in study_tables.comparison(without)
+
+
 def test_a_sweep_changes_one_hyperparameter_alone() -> None:
     lines = []
     for settings in study.SENSITIVITY:
