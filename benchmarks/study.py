@@ -313,6 +313,10 @@ OPEN = [
     # The norm of 8 images' norms is about sqrt(8) times their mean.
     settings_of(BASE, reduction="norm", beta=4 / sqrt(8)),
     settings_of(BASE) | {"masks": "live"},
+    *(
+        settings_of(SQUARED, beta=8.0, temperature=value) | {"masks": "centred"}
+        for value in (0.25, 0.5, 1.0)
+    ),
     *(settings_of(BASE) | {"schedule": name} for name in ("warm-up", "decay")),
     *(
         with_terms("gamma", teacher_relation=of_teacher, residual=residual)

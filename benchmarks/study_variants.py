@@ -2,7 +2,8 @@
 
 - `taps="fpn"`: the FPN's outputs in place of the backbone's stages.
 - `masks="live"`: L_AM's gradient flows into the masks too. `masks="spread"`: the temperature counts
-  in standard deviations of each attention map.
+  in standard deviations of each attention map. `masks="centred"`: attention is the magnitude of
+  what a position's features differ by from the map's mean, channel by channel.
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
@@ -87,7 +88,26 @@ def standard(attention: Tensor) -> Tensor:
     return attention / spread.view(-1, *[1] * (attention.dim() - 1))
 
 
-MASKS = {"live": live_masks, "spread": spread_masks}
+@torch.no_grad()
+def centred_masks(
+    loss: featkd.AttentionMaskedLoss, student: Tensor, adapted: Tensor, teacher: Tensor, maps: None
+) -> Masks:
+    student, adapted, teacher = map(centred, (student, adapted, teacher))
+
+    def mask(*maps: Tensor) -> Tensor:
+        return featkd.attention_mask(*maps, temperature=loss.temperature)
+
+    return (
+        mask(featkd.spatial_attention(student), featkd.spatial_attention(teacher)),
+        mask(featkd.channel_attention(adapted), featkd.channel_attention(teacher)),
+    )
+
+
+def centred(features: Tensor) -> Tensor:
+    return features - features.mean((2, 3), keepdim=True)
+
+
+MASKS = {"live": live_masks, "spread": spread_masks, "centred": centred_masks}
 
 
 def tie_relation(loss: featkd.NonLocalLoss) -> None:

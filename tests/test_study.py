@@ -163,6 +163,17 @@ def test_a_temperature_in_units_of_the_spread_ignores_the_features_scale() -> No
     assert torch.equal(study_variants.standard(maps[1]), maps[1])
 
 
+def test_masks_of_centred_attention_do_not_see_what_all_positions_have() -> None:
+    student, teacher = (side["c3"] for side in features())
+    offset = torch.rand(2, teacher.shape[1], 1, 1)
+    shifted = student + 1, teacher + offset, teacher - offset
+    centred = [x - x.mean((2, 3), keepdim=True) for x in (student, teacher, teacher)]
+    loss, plain = (
+        masked(**settings).attention_masked["c3"] for settings in ({"masks": "centred"}, {})
+    )
+    torch.testing.assert_close(loss.masks(*shifted, None), plain.masks(*centred, None))
+
+
 def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
     by_element = masked(unit="element", normalize=False)
     whole = masked(normalize=False)

@@ -1,0 +1,99 @@
+"""Whether attention lies on the objects: of the teachers that `study.py` has trained, by stage.
+
+python benchmarks/study_attention.py
+
+AUC: the probability that a position with its centre in a box has more spatial attention than one
+outside of all boxes of the image; 0.5 where attention does not tell them apart, less where the
+background has more. `centred`: attention of what a position's features differ by from the map's
+mean, channel by channel (`masks="centred"` in `study_variants.py`).
+
+Prints a table and writes `results/study_attention.json`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import RESULTS, provenance
+from study import MAIN, Run, Teacher, levels_of, new_detector, plain_run, scenes, teacher_of
+from study_tables import table
+from study_variants import centred
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.functional.classification import binary_auroc
+from training import collate, to_device
+
+import featkd
+
+DETECTORS = ("faster_rcnn", "retinanet", "fcos")
+MAPS = {
+    "attention": featkd.spatial_attention,
+    "centred": lambda features: featkd.spatial_attention(centred(features)),
+}
+
+
+def inside(boxes: Tensor, image_size: int, height: int, width: int) -> Tensor:
+    """`(height, width)`: whether a position's centre lies in a box."""
+    y = (torch.arange(height) + 0.5)[:, None, None] * image_size / height
+    x = (torch.arange(width) + 0.5)[None, :, None] * image_size / width
+    left, top, right, bottom = boxes.unbind(1)
+    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(2)
+
+
+@torch.no_grad()
+def aucs(model: nn.Module, data: Dataset[Any]) -> dict[str, dict[str, float]]:
+    """By stage and kind of map, the mean over the images that have positions of both sorts."""
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    model.eval()
+    with featkd.FeatureTap(model, list(levels_of(model))) as tap:
+        for batch in DataLoader(data, batch_size=16, collate_fn=collate):
+            images, targets = to_device(batch, torch.device("cpu"))
+            model(images)
+            for stage, features in tap.pop().items():
+                size = images[0].shape[-1]
+                sorts = [inside(each["boxes"], size, *features.shape[2:]) for each in targets]
+                for name, attention in MAPS.items():
+                    values = found.setdefault(stage, {}).setdefault(name, [])
+                    values += [
+                        binary_auroc(each.flatten(), objects.flatten().long())
+                        for each, objects in zip(attention(features), sorts, strict=True)
+                        if objects.any() and not objects.all()
+                    ]
+    return {
+        stage: {name: float(torch.stack(values).mean()) for name, values in maps.items()}
+        for stage, maps in found.items()
+    }
+
+
+def trained_teacher(run: Run, folder: Path) -> nn.Module:
+    teacher = new_detector(run, "teacher", run.teacher.shape)
+    weights = torch.load(folder / f"{run.name}.pt", map_location="cpu", weights_only=True)
+    teacher.load_state_dict(weights)
+    return teacher
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="study.py's")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    data = scenes(MAIN.held_out_seed, MAIN.held_out_images)
+    found, body = {}, []
+    for detector in DETECTORS:
+        run = teacher_of(replace(plain_run(detector, 0, MAIN), teacher=Teacher()))
+        found[detector] = aucs(trained_teacher(run, options.output), data)
+        for stage, values in found[detector].items():
+            body.append((detector, stage, *(f"{values[name]:.2f}" for name in MAPS)))
+    content = {"provenance": provenance(torch.device("cpu")), "auc": found}
+    (options.results / "study_attention.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(table([("detector", "stage", *MAPS), *body]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Whether attention lies on the objects: positions and AUC on cases worked by hand; the command."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+import study  # noqa: E402
+import study_attention  # noqa: E402
+
+BOX = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
+
+
+class Stage(nn.Module):
+    """Two channels of two by two positions, of which the box holds the first."""
+
+    def __init__(self, features: list[list[float]]) -> None:
+        super().__init__()
+        self.features = torch.tensor(features).view(1, 2, 2, 2)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.features
+
+
+class Model(nn.Module):
+    def __init__(self, features: list[list[float]]) -> None:
+        super().__init__()
+        self.stage = Stage(features)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.stage(images)
+
+
+def test_a_position_is_inside_where_its_centre_is() -> None:
+    # centres at 1 and 3 of 4 pixels: the box ends at x = 3, exclusive, and y = 2
+    assert study_attention.inside(BOX, 4, 2, 2).tolist() == [[True, False], [False, False]]
+    assert not study_attention.inside(BOX[:0], 4, 2, 2).any()
+
+
+@pytest.mark.parametrize(
+    ("features", "plain", "centred"),
+    [
+        ([[9.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], 1.0, 1.0),
+        # the object is where the features are small: it stands out all the same
+        ([[0.0, 5.0, 5.0, 5.0], [1.0, 1.0, 1.0, 1.0]], 0.0, 1.0),
+        ([[2.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]], 0.5, 1 / 6),
+    ],
+)
+def test_the_auc_of_attention(
+    monkeypatch: pytest.MonkeyPatch, features: list[list[float]], plain: float, centred: float
+) -> None:
+    monkeypatch.setattr(study_attention, "levels_of", lambda model: {"stage": 2})
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    found = study_attention.aucs(Model(features), [(picture, {"boxes": BOX})])
+    assert found["stage"]["attention"] == pytest.approx(plain)
+    assert found["stage"]["centred"] == pytest.approx(centred)
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = replace(study.MAIN, train_images=4, held_out_images=4)
+    monkeypatch.setattr(study_attention, "MAIN", data)
+    for detector in study_attention.DETECTORS:
+        run = study.teacher_of(replace(study.plain_run(detector, 0, data), teacher=study.Teacher()))
+        model = study.new_detector(run, "teacher", run.teacher.shape)
+        torch.save(model.state_dict(), tmp_path / f"{run.name}.pt")
+    study_attention.main(["--output", str(tmp_path), "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "study_attention.json").read_text())["auc"]
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 9
+    for row, (detector, stage) in zip(
+        rows, [(d, s) for d, stages in found.items() for s in stages], strict=True
+    ):
+        values = found[detector][stage].values()
+        assert row == f"| {' | '.join([detector, stage, *(f'{x:.2f}' for x in values)])} |"
+        assert all(0 <= value <= 1 for value in values)
