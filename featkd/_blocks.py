@@ -60,14 +60,17 @@ def map_blocks(
 
 
 def product(features: Tensor, factors: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
-    """A gradient of `features`: the product of both `factors` of each block, in their dtype."""
+    """A gradient of `features`: the product of both `factors` of each block.
+
+    Autograd casts it to the dtype of `features`, in which blocks are written at once.
+    """
     first, *others = channel_blocks(features)
     a, b = factors(first)
     if not others:
-        return (a * b).to(features.dtype)
+        return a * b
     if torch._C._functorch.is_legacy_batchedtensor(b):  # `is_grads_batched`: no `out=` there
         a, b = factors(slice(None))
-        return (a * b).to(features.dtype)
+        return a * b
     result = torch.empty_like(features)
     torch.mul(a, b, out=result[:, first])
     for block in others:

@@ -20,16 +20,16 @@ def masked_norm(
         result: Tensor = _MaskedNorm.apply(student, teacher, spatial_mask, channel_mask)
         return result
     dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
-    square = _weigh((student.to(dtype) - teacher.to(dtype)).square(), spatial_mask, channel_mask)
+    square = _weigh((student.to(dtype) - teacher).square(), spatial_mask, channel_mask)
     return root(square.sum((1, 2, 3)))
 
 
 def _weigh(x: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None) -> Tensor:
-    """`x * M_s * M_c` for `x` of shape (B, C, H, W), in `x`'s dtype."""
+    """`x * M_s * M_c` for `x` of shape (B, C, H, W), of the widest dtype."""
     if spatial_mask is not None:
-        x = x * spatial_mask.to(x.dtype)[:, None]
+        x = x * spatial_mask[:, None]
     if channel_mask is not None:
-        x = x * channel_mask.to(x.dtype)[:, :, None, None]
+        x = x * channel_mask[:, :, None, None]
     return x
 
 
@@ -41,15 +41,15 @@ class _MaskedNorm(torch.autograd.Function):
         student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
-        weight = None if spatial_mask is None else spatial_mask.to(dtype)[:, None]
+        weight = None if spatial_mask is None else spatial_mask[:, None]
         energies = []
         for block in channel_blocks(teacher):
-            square = (student[:, block].to(dtype) - teacher[:, block].to(dtype)).square_()
+            square = (student[:, block].to(dtype) - teacher[:, block]).square_()
             square = square if weight is None else square.mul_(weight)
             energies.append(square.sum((2, 3)))
         energy = torch.cat(energies, 1)
         if channel_mask is not None:
-            energy = energy * channel_mask.to(dtype)
+            energy = energy * channel_mask
         return energy.sum(1).sqrt()
 
     @staticmethod
@@ -61,16 +61,16 @@ class _MaskedNorm(torch.autograd.Function):
         student, teacher, spatial_mask, channel_mask, norm = ctx.saved_tensors
         zero = norm == 0
         slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, norm))
-        weight = None if spatial_mask is None else spatial_mask.to(norm.dtype)[:, None]
+        weight = None if spatial_mask is None else spatial_mask[:, None]
 
         def difference(block: slice) -> Tensor:
-            result: Tensor = student[:, block].to(norm.dtype) - teacher[:, block].to(norm.dtype)
+            result: Tensor = student[:, block].to(norm.dtype) - teacher[:, block]
             return result
 
         def gradient(features: Tensor, sign: int) -> Tensor:
             by_channel = (sign * slope)[:, None].expand(features.shape[:2])
             if channel_mask is not None:
-                by_channel = by_channel * channel_mask.to(norm.dtype)
+                by_channel = by_channel * channel_mask
 
             def factors(block: slice) -> tuple[Tensor, Tensor]:
                 part = difference(block)
@@ -87,7 +87,7 @@ class _MaskedNorm(torch.autograd.Function):
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
             if ctx.needs_input_grad[2]:
-                to_spatial = _weigh(square, None, channel_mask).sum(1).to(spatial_mask.dtype)
+                to_spatial = _weigh(square, None, channel_mask).sum(1)
             if ctx.needs_input_grad[3]:
-                to_channel = _weigh(square, spatial_mask, None).sum((2, 3)).to(channel_mask.dtype)
+                to_channel = _weigh(square, spatial_mask, None).sum((2, 3))
         return to_student, to_teacher, to_spatial, to_channel

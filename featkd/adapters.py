@@ -106,9 +106,8 @@ def prepare_pair(
                 f"{tuple(teacher.shape)}, or be resized to them by the loss's argument `resize`, "
                 f"got {tuple(student.shape)}."
             )
-        align_corners = False if resize in ("bilinear", "bicubic") else None
         wide = student.to(compute_dtype(student))
-        student = F.interpolate(wide, teacher.shape[2:], mode=resize, align_corners=align_corners)
+        student = F.interpolate(wide, teacher.shape[2:], mode=resize)
     require_feature_pair(student, teacher, same_channels=False, names=names)
     # Features made under `inference_mode` cannot be saved for a backward; a copy of them can.
     inference = not torch.compiler.is_compiling() and teacher.is_inference()

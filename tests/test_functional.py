@@ -113,6 +113,13 @@ def test_golden_mask_of_different_maps():
     )
 
 
+def test_peaks_far_apart_share_the_mask():
+    """Either map's softmax underflows at the other's peak; that of their sum does not."""
+    student, teacher = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    mask = functional.attention_mask(student, teacher, temperature=1e-3)
+    close(mask, torch.tensor([[1.5, 0.0, 1.5]]), 0.0)
+
+
 # A student of zeros; teachers of one channel and one row: image 0 is (-3, 4), image 1 is (6, 8).
 # |A|: G_s has norms 5 and 10, G_c is 3.5 and 7. Signed: norms 5 and 10, means 0.5 and 7.
 @pytest.mark.parametrize(
@@ -308,6 +315,18 @@ def test_torch_func_jvp_is_the_gradient_along_a_direction(case):
     close(actual, sum((g * t).sum() for g, t in zip(gradient, tangents, strict=True)))
 
 
+@each_loss
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own
+def test_dual_numbers_carry_the_gradient_along_a_direction(case):
+    tensors = leaves(case.inputs())
+    tangents = {name: normal(*value.shape, seed=7) for name, value in tensors.items()}
+    gradient = torch.autograd.grad(case(**tensors).sum(), tensors.values())
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(x.detach(), tangents[n]) for n, x in tensors.items()}
+        actual = forward_ad.unpack_dual(case(**duals).sum()).tangent
+    close(actual, sum((g * t).sum() for g, t in zip(gradient, tangents.values(), strict=True)))
+
+
 # --- blocks of channels ---------------------------------------------------------------------------
 
 
@@ -352,6 +371,65 @@ def test_in_blocks_gradients_can_be_batched(case):
         close(actual, torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((1, 5, 512, 512), [2, 2, 1]),  # 1 MiB a channel
+        ((2, 2, 1024, 1024), [1, 1]),  # 8 MiB a channel: never less than one
+        ((1, 5, 3, 4), [5]),
+        ((0, 5, 3, 4), [5]),
+    ],
+    ids=str,
+)
+def test_blocks_of_channels_are_of_2_mib(shape, widths):
+    features = torch.empty(shape)
+    with torch.no_grad():
+        blocks = _blocks.channel_blocks(features)
+    assert [block.stop - block.start for block in blocks] == widths
+    assert len(_blocks.channel_blocks(features)) == 1  # where a graph is recorded
+
+
+@each_case
+def test_in_blocks_second_derivatives_are_those_of_one_block(case, monkeypatch):
+    tensors = leaves(case.inputs())
+    found = []
+    for size in (_blocks._BLOCK_BYTES, 1):
+        monkeypatch.setattr(_blocks, "_BLOCK_BYTES", size)
+        inputs = tuple(tensors.values())
+        value = case(**tensors).square().sum()
+        gradient = torch.autograd.grad(value, inputs, create_graph=True)
+        total = sum(x.square().sum() for x in gradient)
+        found.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
+
+
+def test_second_derivatives_of_the_concatenation_are_those_of_all_pairs():
+    def pairs(theta, phi, g):
+        return g @ (theta.mT + phi).relu().mT / phi.shape[2]
+
+    tensors = tuple(
+        normal(2, width, 5, seed=i).requires_grad_() for i, width in enumerate((1, 1, 3))
+    )
+    found = []
+    for function in (functional.concatenation_relation, pairs):
+        value = function(*tensors).square().sum()
+        gradient = torch.autograd.grad(value, tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in gradient), tensors))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 17])
+@pytest.mark.parametrize("width_of_g", [1, 9])
+def test_softmax_attention_of_any_width_is_that_of_all_pairs(width, width_of_g):
+    """The fused kernels take multiples of 8: the rest is padding."""
+    theta, phi = normal(2, width, 5, seed=1), normal(2, width, 6, seed=2)
+    g = normal(2, width_of_g, 6, seed=3)
+    expected = g @ (theta.mT @ phi).softmax(2).mT
+    close(functional.embedded_gaussian_relation(theta, phi, g), expected)
+
+
 # --- dtypes ---------------------------------------------------------------------------------------
 
 
@@ -365,6 +443,23 @@ def test_at_least_float32_whatever_comes_in(case, dtype):
     for name, gradient in gradients(case, tensors).items():
         assert gradient.dtype == dtype, name
         assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        functional.attention_transfer_loss,
+        functional.attention_masked_loss,
+        functional.gaussian_relation,
+        functional.non_local_loss,
+    ],
+)
+def test_a_gradient_of_half_precision_is_that_of_float32_rounded_once(function):
+    features, other = (normal(1, 8, 5, 7, seed=i).bfloat16() for i in range(2))
+    narrow, wide = (x.requires_grad_() for x in (features, features.float()))
+    for x in (narrow, wide):
+        function(x, other).sum().backward()
+    assert torch.equal(narrow.grad, wide.grad.bfloat16())
 
 
 @each_case
@@ -387,13 +482,15 @@ def test_mixed_dtypes(case, low, high, first_is_low):
 
 @each_case
 @pytest.mark.parametrize("formula", ["closed", "plain"])
-def test_one_wide_tensor_among_half_precision_ones_widens_all(case, formula):
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32], ids=str)
+def test_one_wide_tensor_among_narrow_ones_widens_all(case, formula, narrow):
+    tolerance = 1e-5 if "transfer" in case.name else 1e-10  # a side's maps keep its own precision
     with contextlib.nullcontext() if formula == "closed" else forward_ad.dual_level():
         for wide, value in case.inputs().items():
-            tensors = case.inputs(dtype=torch.bfloat16) | {wide: value}
+            tensors = case.inputs(dtype=narrow) | {wide: value}
             output = case(**tensors)
             assert output.dtype == torch.float64, wide
-            close(output, case.expected(**tensors), 1e-5)
+            close(output, case.expected(**tensors), tolerance)
 
 
 @each_case
@@ -522,6 +619,11 @@ def test_relations_show_nan_for_any_number_of_keys(case, dtype, keys):
         tensors[name][0, 0, -1] = math.nan
         expected = torch.as_tensor(case.expected(**tensors))
         assert case(**tensors)[expected.isnan()].isnan().all(), name
+
+
+def test_logits_that_overflow_show_at_a_single_query_too():
+    theta, phi = torch.full((1, 4, 1), 1e19), torch.full((1, 4, 16), -1e19)
+    assert functional.embedded_gaussian_relation(theta, phi, torch.ones(1, 3, 16)).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from models import raises
 
 import featkd
 from featkd import from_channels_last, from_tokens
+from featkd.layouts import converts_by_side
 
 MAPS = normal(2, 5, 3, 4)
 CHANNELS_LAST = MAPS.permute(0, 2, 3, 1).contiguous()
@@ -44,6 +45,35 @@ def test_nothing_is_copied_and_no_dtype_changed(call, features):
     assert call(features.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 1, 5), (2, 3, 4, 1)], ids=str)
+def test_maps_of_one_row_column_or_channel(shape):
+    features = normal(*shape)
+    expected = features.permute(0, 3, 1, 2)
+    assert torch.equal(from_channels_last(features), expected)
+    assert torch.equal(from_tokens(features.flatten(1, 2), shape[1:3]), expected)
+
+
+SIDES = {
+    "one function": (from_channels_last, [from_channels_last, from_channels_last]),
+    "a pair": ((from_channels_last, abs), [from_channels_last, abs]),
+    "the student's": ((from_channels_last, None), [from_channels_last, None]),
+    "the teacher's": ([None, from_channels_last], [None, from_channels_last]),
+    "neither's": ((None, None), [None, None]),
+}
+
+
+@pytest.mark.parametrize(("functions", "expected"), SIDES.values(), ids=SIDES)
+def test_each_side_gets_its_function_at_each_level(functions, expected):
+    sides = converts_by_side({"c1": functions, "c2": abs}, ["c1", "c2", "c3"])
+    assert [side.get("c1") for side in sides] == expected
+    assert [side["c2"] for side in sides] == [abs, abs]
+    assert all(function is not None for side in sides for function in side.values())
+
+
+def test_no_conversion_is_none_for_both_sides():
+    assert converts_by_side(None, ["c1"]) == converts_by_side({}, []) == ({}, {})
+
+
 @each_call
 def test_an_empty_batch(call, features):
     assert call(features[:0]).shape[0] == 0
@@ -57,6 +87,8 @@ def test_compiled(call, features, fresh_compiler):
 
 MISUSE = {
     "maps of another kind": (TypeError, lambda: from_channels_last([1.0]), "`features`"),
+    "no rows": (ValueError, lambda: from_channels_last(torch.ones(2, 0, 4, 5)), "(B, H, W, C)"),
+    "no channels": (ValueError, lambda: from_tokens(torch.ones(2, 12, 0), (3, 4)), "(2, 12, 0)"),
     "integers": (TypeError, lambda: from_channels_last(CHANNELS_LAST.long()), "`features`"),
     "maps of another rank": (ValueError, lambda: from_channels_last(TOKENS), "(2, 12, 5)"),
     "tokens of another kind": (TypeError, lambda: from_tokens(None, (3, 4)), "`tokens`"),
@@ -75,6 +107,32 @@ MISUSE = {
     "a height of another kind": (TypeError, lambda: from_tokens(TOKENS, (3.0, 4)), "`size[0]`"),
     "no width": (ValueError, lambda: from_tokens(TOKENS, (12, 0)), "`size[1]`"),
     "a negative prefix": (ValueError, lambda: from_tokens(TOKENS, (3, 4), prefix=-1), "`prefix`"),
+    "functions of no level": (
+        TypeError,
+        lambda: converts_by_side([abs], ["c1"]),
+        "`convert` must be a mapping from level to function, got list.",
+    ),
+    "a function of an unknown level": (
+        ValueError,
+        lambda: converts_by_side({"c1": abs, "c2": abs}, ["c1"]),
+        "`convert` must name levels of ['c1'], got 'c2'.",
+    ),
+    "a function for neither side": (
+        TypeError,
+        lambda: converts_by_side({"c1": None}, ["c1"]),
+        "`convert['c1']` must be a function or a (student's, teacher's) pair",
+    ),
+    "a string of two for the two sides": (
+        TypeError,
+        lambda: converts_by_side({"c1": "ab"}, ["c1"]),
+        "got 'ab'.",
+    ),
+    "a third side": (TypeError, lambda: converts_by_side({"c1": [abs] * 3}, ["c1"]), "convert"),
+    "no function for a side": (
+        TypeError,
+        lambda: converts_by_side({"c1": (abs, "NHWC")}, ["c1"]),
+        "`convert['c1']` must be callable or None, got str.",
+    ),
     "a prefix of another kind": (
         TypeError,
         lambda: from_tokens(TOKENS, (3, 4), prefix=None),
@@ -86,6 +144,21 @@ MISUSE = {
 @pytest.mark.parametrize(("error", "call", "mention"), MISUSE.values(), ids=MISUSE)
 def test_misuse(error, call, mention):
     raises(error, call, mention)
+
+
+@pytest.mark.parametrize(
+    ("features", "function"), [(CHANNELS_LAST, "from_channels_last"), (TOKENS, "from_tokens")]
+)
+def test_a_loss_names_the_function_that_its_features_lack(features, function):
+    loss = featkd.AttentionTransferLoss(5, 5)
+    raises(ValueError, lambda: loss(features, MAPS), f"see `featkd.{function}` and the argument")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 12, 4), (2, 4, 5, 3), (2, 5)], ids=str)
+def test_a_loss_names_no_function_where_the_channels_are_not_last(shape):
+    with pytest.raises(ValueError, match="`student` must have the shape") as caught:
+        featkd.AttentionTransferLoss(5, 5)(torch.ones(shape), MAPS)
+    assert "featkd." not in str(caught.value)
 
 
 def test_both_are_public():

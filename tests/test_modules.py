@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ from featkd import (
     NonLocalRelation,
     SpatialAttention,
 )
+from featkd._means import MAPS, attention_maps
+from featkd.adapters import RESIZE_MODES, Conv2d, Linear
 
 each_case = pytest.mark.parametrize("case", MODULE_CASES, ids=str)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -109,6 +112,22 @@ def test_a_loss_module_equals_its_functions(case):
         close(a, b)
 
 
+@pytest.mark.parametrize(
+    "build", [AttentionTransferLoss, partial(AttentionMaskedLoss, temperature=0.5)]
+)
+def test_maps_that_the_caller_has_are_the_ones_that_count(build):
+    loss = build(4, 4).double()
+    randomize(loss)
+    student, teacher, other = (normal(2, 4, 3, 5, seed=seed) for seed in range(3))
+    of_student, of_teacher, of_other = (
+        attention_maps(features, MAPS["both"]) for features in (student, teacher, other)
+    )
+    expected = loss(student, teacher)
+    close(loss(student, teacher, maps=(of_student, of_teacher)), expected, 0.0)
+    changed = loss(student, teacher, maps=(of_other, of_teacher))
+    assert not torch.isclose(changed, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("inter_channels", [None, 1, 7])
 @each_kind
 def test_channels_of_a_relation(kind, inter_channels):
@@ -118,6 +137,23 @@ def test_channels_of_a_relation(kind, inter_channels):
 
 
 # --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_relation_of_few_channels_embeds_them_in_one(channels):
+    assert NonLocalRelation(channels, kind="embedded_gaussian").inter_channels == 1
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(kernel_size):
+    features = normal(2, 3, 6, 7)
+    close(Conv2d(3, 3, kernel_size)(features), features, 0.0)
+
+
+def test_features_wider_than_the_parameters_are_not_rounded():
+    features = normal(2, 3, 6, 7)
+    close(Conv2d(3, 3, 1).half()(features), features, 0.0)
+    close(Linear(3, 3).half()(features[:, :, 0, 0]), features[:, :, 0, 0], 0.0)
 
 
 def test_adapters_are_those_of_appendix_b():
@@ -193,7 +229,11 @@ def test_pickle_and_repr_of_the_maps(module, option):
     [
         (AttentionTransferLoss(4, 3, reduction="sum"), ["4, 3", "sum"]),
         (AttentionMaskedLoss(4, 3, temperature=0.7, attention="channel"), ["0.7", "channel"]),
-        (NonLocalLoss(4, 3, kind="gaussian", teacher_relation="trained"), ["gaussian", "trained"]),
+        (NonLocalLoss(4, 3, kind="gaussian"), ["gaussian", "teacher_relation='fixed'"]),
+        (
+            NonLocalLoss(4, 3, kind="gaussian", teacher_relation="trained"),
+            ["teacher_relation='trained'"],
+        ),
         (FeatureDistillationLoss(4, 3, hyperparameters=ALL_TERMS), ["alpha=0.5", "gamma=3.0"]),
     ],
 )
@@ -447,6 +487,13 @@ def test_a_residual_keeps_a_trained_teacher_relation_up():
     assert loss.teacher_relation(teacher).norm() > 0.3 * teacher.norm()
 
 
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_a_resized_student_of_half_precision_is_not_rounded_again(mode):
+    loss = AttentionMaskedLoss(4, 4, temperature=0.5, resize=mode)
+    student, teacher = normal(2, 4, 3, 5, seed=1).half(), normal(2, 4, 4, 6, seed=2).half()
+    close(loss(student, teacher), loss(student.float(), teacher.float()), 0.0)
+
+
 # --- normalisation --------------------------------------------------------------------------------
 
 NORMALIZED = {
@@ -476,6 +523,13 @@ def test_a_normalized_loss_treats_each_image_alone(build):
     teacher = teacher * torch.tensor([1e-3, 1.0, 1e3]).double().reshape(3, 1, 1, 1)
     alone = [loss(student[b : b + 1], teacher[b : b + 1]) for b in range(3)]
     close(loss(student, teacher), torch.cat(alone))
+
+
+@pytest.mark.parametrize("attention", MAPS)
+def test_a_normalized_loss_of_a_student_of_zeros_is_1(attention):
+    loss = AttentionTransferLoss(3, 3, attention=attention, normalize=True, reduction="none")
+    teacher = normal(2, 3, 4, 5, dtype=torch.float32)
+    close(loss(torch.zeros_like(teacher), teacher), torch.ones(2), 1e-6)
 
 
 def test_a_normalized_relation_of_equal_features_times_k():
@@ -561,6 +615,16 @@ def by_level(**options):
     return loss
 
 
+def test_without_a_reduction_each_term_has_one_value_an_image():
+    settings = dataclasses.replace(ALL_TERMS, reduction="none")
+    loss, (student, teacher) = by_level(hyperparameters=settings), levels()
+    together = loss(student, teacher)
+    for b in range(2):
+        image = ({level: x[b : b + 1] for level, x in side.items()} for side in (student, teacher))
+        for name, value in loss(*image).items():
+            close(together[name][b : b + 1], value)
+
+
 def test_the_terms_are_weighted_and_summed_over_the_levels():
     loss, (student, teacher) = by_level(), levels()
     terms = loss(student, teacher)
@@ -636,6 +700,22 @@ def test_a_weight_of_0_builds_nothing_and_does_nothing(index):
     kept = [value for key, value in terms.items() if key != name]
     assert all(value.requires_grad and value > 0 for value in kept)
     sum(terms.values()).backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (torch.bfloat16, "cpu", torch.float32),
+        (torch.float64, "cpu", torch.float64),
+        (torch.float32, "meta", torch.float32),
+    ],
+)
+def test_a_term_of_weight_0_has_the_dtype_and_the_device_of_the_others(dtype, device, expected):
+    settings = dataclasses.replace(ALL_TERMS, gamma=0)
+    loss = FeatureDistillationLoss(4, 4, hyperparameters=settings).to(device, expected)
+    features = torch.ones(2, 4, 3, 5, dtype=dtype, device=device)
+    terms = loss(features, features).values()
+    assert {(term.dtype, term.device.type) for term in terms} == {(expected, device)}
 
 
 def test_all_weights_0():
@@ -718,6 +798,12 @@ def test_options_by_level():
     assert loss.non_local["c3"].teacher_relation.subsample == 2
     assert loss.non_local["c4"].teacher_relation.subsample == 1
     assert all(value.isfinite() for value in loss(*levels()).values())
+
+
+def test_a_dot_in_a_level_s_name_is_a_slash_in_the_parameters_names():
+    loss = FeatureDistillationLoss({"a.b": 4}, {"a.b": 4}, hyperparameters=featkd.NORMALIZED)
+    parameters = {"adapter.weight", "adapter.bias"}
+    assert set(loss.state_dict()) == {f"attention_masked.a/b.{name}" for name in parameters}
 
 
 def test_levels_may_be_named_like_paths():
