@@ -205,7 +205,7 @@ def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
 
 
 def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
-    loss = masked(beta=0.0, gamma=1.0, relation="tied")
+    loss = masked(beta=0.0, gamma=1.0, reduction="mean", relation="tied")
     (module,) = loss.non_local.values()
     adapter, relation = module.student_relation
     assert relation is module.teacher_relation
@@ -437,9 +437,9 @@ def test_a_sweep_changes_one_hyperparameter_alone() -> None:
     found = study_tables.sweeps(lines)
     values = {name: [value for value, _ in points] for name, points in found.items()}
     assert values == {
-        "alpha": [0.25, 0.5, 1.0, 2.0, 4.0],
-        "beta": [1.0, 2.0, 4.0, 8.0, 16.0],
-        "gamma": [0.25, 0.5, 1.0, 2.0, 4.0],
+        "alpha": [0.25, 1.0, 4.0],
+        "beta": [1.0, 4.0, 16.0],
+        "gamma": [0.25, 1.0, 4.0],
         "temperature": [0.1, 0.25, 0.5, 1.0, 2.0],
     }
     assert [cell[0]["hyperparameters"]["beta"] for _, cell in found["beta"]] == values["beta"]
