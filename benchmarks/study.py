@@ -137,8 +137,9 @@ MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
 )
 # Of the plain and the recommended student alone, for a narrower interval of the gain.
 MORE_SEEDS = range(25, 30)
-# Whose tuned settings a detector gets.
+# Whose tuned weights and whose tuned taps a detector gets.
 TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
+TAPPED_AS = {"faster_rcnn": "faster_rcnn", "retinanet": "fcos", "fcos": "fcos"}
 
 
 def settings_of(base: featkd.Hyperparameters, **changes: Any) -> dict[str, Any]:
@@ -173,6 +174,7 @@ CANDIDATES = {
     "cwd": weights(0.25, 1.0, 4.0, 16.0, temperature=4.0) + weights(4.0, temperature=1.0),
     "pkd": weights(0.25, 1.0, 4.0, 16.0, 64.0),
 }
+NEEDS_RELU = {"overhaul"}  # in front of its taps
 TERMS = {"alpha": 1.0, "beta": 4.0, "gamma": 1.0}
 ALL_TERMS = replace(BASE, **TERMS)
 
@@ -186,29 +188,55 @@ def tune_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
-def main_runs(lines: Iterable[Line]) -> list[Run]:
-    """featkd's presets and the other methods at their tuned settings; then more seeds of the first.
+def tap_runs(lines: Iterable[Line]) -> list[Run]:
+    """Every method at its tuned setting, at the backbone's stages and at the FPN's outputs.
 
     `LookupError` where the tune table is not finished.
     """
-    tune = tune_runs(lines)
-    missing = pending(tune, lines)
-    if missing:
-        raise LookupError(f"wants `run tune` finished first: {len(missing)} of its runs are left")
-    chosen = best(lines_of(tune, lines))
+    chosen = best(finished("tune", tune_runs(lines), lines))
+    runs = []
+    for detector in dict.fromkeys(TAPPED_AS.values()):
+        settings = {"featkd": RECOMMENDED} | {
+            method: [chosen[TUNED_ON[detector], method]] for method in list(CANDIDATES)[1:]
+        }
+        for method in settings.keys() - NEEDS_RELU:
+            settings[method] = [*settings[method], settings[method][0] | {"taps": "fpn"}]
+        for seed in TUNE_SEEDS:
+            plain = plain_run(detector, seed, TUNE)
+            runs += [plain, *distilled(plain, settings)]
+    return runs
+
+
+def main_runs(lines: Iterable[Line]) -> list[Run]:
+    """The methods at their tuned settings and taps, featkd's presets; then more seeds.
+
+    `LookupError` where the tables before it are not finished.
+    """
+    chosen = best(finished("taps", tap_runs(lines), lines))
+    settings = {
+        detector: {method: [chosen[tapped_as, method]] for method in CANDIDATES}
+        for detector, tapped_as in TAPPED_AS.items()
+    }
     runs = []
     for seed in MAIN_SEEDS:
-        for detector in TUNED_ON:
+        for detector, own in settings.items():
+            presets = [*own["featkd"], *RECOMMENDED, settings_of(featkd.ONE_STAGE)]
             plain = plain_run(detector, seed, MAIN)
-            settings = {"featkd": [*RECOMMENDED, settings_of(featkd.ONE_STAGE)]}
-            for method in list(CANDIDATES)[1:]:
-                settings[method] = [chosen[TUNED_ON[detector], method]]
-            runs += [plain, *distilled(plain, settings)]
+            runs += [plain, *distilled(plain, own | {"featkd": presets})]
     for seed in MORE_SEEDS:
-        for detector in TUNED_ON:
+        for detector, own in settings.items():
             plain = plain_run(detector, seed, MAIN)
-            runs += [plain, *distilled(plain, {"featkd": RECOMMENDED})]
-    return runs
+            runs += [plain, *distilled(plain, {"featkd": own["featkd"]})]
+    # The tuned preset may be the recommended one.
+    return list({run.identity: run for run in runs}.values())
+
+
+def finished(table: str, runs: list[Run], lines: Iterable[Line]) -> list[Line]:
+    missing = pending(runs, lines)
+    if missing:
+        left = len(missing)
+        raise LookupError(f"wants `run {table}` finished first: {left} of its runs are left")
+    return lines_of(runs, lines)
 
 
 def quick_runs(lines: Iterable[Line]) -> list[Run]:
@@ -339,6 +367,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "tune": tune_runs,
     "presets": secondary_runs(PRESETS, seeds=OPEN_SEEDS, data=TUNE),
     "open": secondary_runs(OPEN, seeds=OPEN_SEEDS, data=TUNE),
+    "taps": tap_runs,
     "main": main_runs,
     "ablation": secondary_runs(ABLATION),
     "relations": secondary_runs(RELATIONS),
@@ -395,6 +424,8 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
     settings = dict(run.hyperparameters)
     if run.method == "featkd":
         settings["steps"] = run.steps
+    else:
+        settings.pop("taps", None)
     loss = LOSSES[run.method](*channels, **settings)
     if run.method == "fgfi":
         loss.watch(student)
