@@ -35,12 +35,23 @@ def line_of(run: study.Run, ap: float, teacher_ap: float | None = None) -> dict[
 # --- what is run ----------------------------------------------------------------------------------
 
 
-CHOOSING = {"tune", "presets", "open"}
+CHOOSING = {"tune", "taps", "presets", "open"}
 
 
-@pytest.mark.parametrize("table", sorted(study.TABLES.keys() - {"main", "quick"}))
+def chosen_lines() -> list[dict[str, Any]]:
+    """Weight 4 is the best on FCOS; the FPN's outputs on Faster R-CNN, the backbone's on FCOS."""
+    lines = []
+    for run in study.tune_runs([]):
+        lines.append(line_of(run, 0.6 if run.hyperparameters.get("weight") == 4.0 else 0.1))
+    for run in study.tap_runs(lines):
+        fpn = run.hyperparameters.get("taps") == "fpn"
+        lines.append(line_of(run, 0.6 if fpn == (run.detector == "faster_rcnn") else 0.1))
+    return lines
+
+
+@pytest.mark.parametrize("table", sorted(study.TABLES.keys() - {"quick"}))
 def test_every_distilled_run_has_a_plain_student_beside_it(table: str) -> None:
-    runs = study.TABLES[table]([])
+    runs = study.TABLES[table](chosen_lines())
     assert len({run.identity for run in runs}) == len(runs)
     plain = {run.identity for run in runs if run.method == "none"}
     for run in runs:
@@ -53,28 +64,37 @@ def test_every_method_is_tuned_with_as_many_candidates() -> None:
     assert {len(candidates) for candidates in study.CANDIDATES.values()} == {5}
 
 
-def test_the_main_table_wants_the_tune_table_and_takes_the_best_of_it() -> None:
-    tune = study.tune_runs([])
-    lines = [line_of(run, 0.6 if run.hyperparameters.get("weight") == 4.0 else 0.1) for run in tune]
-    with pytest.raises(LookupError, match="1 of its runs"):
-        study.main_runs(lines[1:])
+def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() -> None:
+    lines = chosen_lines()
+    with pytest.raises(LookupError, match="`run tune` finished first: 1 of its runs"):
+        study.main_runs([*lines[:1], *lines[2:]])
+    with pytest.raises(LookupError, match="`run taps` finished first: 1 of its runs"):
+        study.main_runs(lines[:-1])
     runs = study.main_runs(lines)
     everything = [run for run in runs if run.seed in study.MAIN_SEEDS]
-    assert len(everything) == 3 * 9 * 5
-    assert len(runs) - len(everything) == 3 * 2 * len(study.MORE_SEEDS)
+    more = [run for run in runs if run.seed in study.MORE_SEEDS]
+    # The recommended preset is in Faster R-CNN's rows twice, at both taps.
+    assert len(everything) == (10 + 9 + 9) * 5
+    assert len(more) == 3 * 2 * 5
+    assert len(runs) == len(everything) + len(more)
     presets = [
-        study.featkd.Hyperparameters(**run.hyperparameters)
-        for run in runs
-        if run.method == "featkd"
+        study_variants.split(run.hyperparameters)[0] for run in runs if run.method == "featkd"
     ]
-    assert set(presets) == {study.featkd.NORMALIZED, study.featkd.ONE_STAGE}
-    assert {run.hyperparameters["weight"] for run in runs if run.method == "pkd"} == {4.0}
+    assert all(each in (study.featkd.NORMALIZED, study.featkd.ONE_STAGE) for each in presets)
+    others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
+    assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
+    assert "taps" not in others["overhaul"]
+    others = {run.method: run.hyperparameters for run in runs if run.detector == "retinanet"}
+    assert others["pkd"] == {"weight": 4.0}
+    assert {run.hyperparameters.get("taps") for run in more if run.detector == "faster_rcnn"} == {
+        None,  # the plain student
+        "fpn",
+    }
 
 
 def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
-    tune = study.tune_runs([])
-    runs = {name: study.TABLES[name]([]) for name in study.TABLES.keys() - {"main", "quick"}}
-    runs["main"] = study.main_runs([line_of(run, 0.5) for run in tune])
+    lines = chosen_lines()
+    runs = {name: study.TABLES[name](lines) for name in study.TABLES.keys() - {"quick"}}
     choosing = [run for name in CHOOSING for run in runs.pop(name)]
     reporting = [run for each in runs.values() for run in each]
     reported, chosen = ({run.seed for run in each} for each in (reporting, choosing))
@@ -223,6 +243,9 @@ def test_the_fpn_s_outputs_can_be_tapped(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / f"{teacher.name}.pt")
     model = study.new_model(run, tmp_path, CPU)
     assert model.loss.channels == dict.fromkeys(("p0", "p1", "p2"), (32, 32))
+    settings = {"weight": 1.0, "taps": "fpn"}
+    other = replace(run, method="fgfi", steps=1, hyperparameters=settings)
+    assert study.perform(other, tmp_path, "cpu")["hyperparameters"] == settings
 
 
 @pytest.mark.parametrize("backbone", study.BACKBONES)
