@@ -200,7 +200,8 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
             method: [chosen[TUNED_ON[detector], method]] for method in list(CANDIDATES)[1:]
         }
         for method in settings.keys() - NEEDS_RELU:
-            settings[method] = [*settings[method], settings[method][0] | {"taps": "fpn"}]
+            settings[method] = [*settings[method], settings[method][0] | FPN]
+        settings["featkd"] = [*settings["featkd"], AT_FPN]
         for seed in TUNE_SEEDS:
             plain = plain_run(detector, seed, TUNE)
             runs += [plain, *distilled(plain, settings)]
@@ -307,7 +308,7 @@ SENSITIVITY = [
     ),
     *(settings_of(ALL_TERMS, temperature=value) for value in (0.1, 0.25, 1.0, 2.0)),
 ]
-SPREAD = {"masks": "spread"}
+SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
 PRESETS = [
     *(settings_of(BASE, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)),
     settings_of(featkd.ONE_STAGE),
@@ -338,7 +339,7 @@ OPEN = [
     settings_of(featkd.TWO_STAGE),
     settings_of(featkd.RELEASED_ONE_STAGE),
     settings_of(featkd.RELEASED_TWO_STAGE),
-    settings_of(BASE) | {"taps": "fpn"},
+    settings_of(BASE) | FPN,
     settings_of(BASE, temperature=0.1),
     *(settings_of(BASE, temperature=value) | SPREAD for value in (1.0, 4.0)),
     with_terms("alpha", "beta"),
@@ -360,6 +361,8 @@ OPEN = [
     with_terms("gamma") | {"relation": "tied"},
 ]
 RECOMMENDED = [settings_of(featkd.NORMALIZED)]
+# The teachers' FPN outputs are 2 to 5 times as large as their backbones' stages.
+AT_FPN = settings_of(replace(featkd.NORMALIZED, beta=32.0, temperature=4.0)) | FPN
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.
