@@ -137,9 +137,8 @@ MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
 )
 # Of the plain and the recommended student alone, for a narrower interval of the gain.
 MORE_SEEDS = range(25, 30)
-# Whose tuned weights and whose tuned taps a detector gets.
+# Whose tuned weights a detector gets.
 TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
-TAPPED_AS = {"faster_rcnn": "faster_rcnn", "retinanet": "fcos", "fcos": "fcos"}
 
 
 def settings_of(base: featkd.Hyperparameters, **changes: Any) -> dict[str, Any]:
@@ -195,9 +194,9 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
     """
     chosen = best(finished("tune", tune_runs(lines), lines))
     runs = []
-    for detector in dict.fromkeys(TAPPED_AS.values()):
+    for detector, tuned_on in TUNED_ON.items():
         settings = {"featkd": RECOMMENDED} | {
-            method: [chosen[TUNED_ON[detector], method]] for method in list(CANDIDATES)[1:]
+            method: [chosen[tuned_on, method]] for method in list(CANDIDATES)[1:]
         }
         for method in settings.keys() - NEEDS_RELU:
             settings[method] = [*settings[method], settings[method][0] | FPN]
@@ -215,8 +214,8 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     """
     chosen = best(finished("taps", tap_runs(lines), lines))
     settings = {
-        detector: {method: [chosen[tapped_as, method]] for method in CANDIDATES}
-        for detector, tapped_as in TAPPED_AS.items()
+        detector: {method: [chosen[detector, method]] for method in CANDIDATES}
+        for detector in TUNED_ON
     }
     runs = []
     for seed in MAIN_SEEDS:

@@ -79,10 +79,10 @@ ONE_STAGE = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=0.5)
 NORMALIZED = Hyperparameters(
     alpha=0.0, beta=8.0, gamma=0.0, temperature=1.0, reduction="mean_square", normalize=True
 )
-"""L_AM alone, squared and in units of the teacher's own: 8 is its value for an all-zero student.
+"""L_AM alone, squared and in units of its value for an all-zero student; beyond the paper.
 
-Beyond the paper. Chosen by `benchmarks/study.py` (tables tune and presets: FCOS, 2 seeds) on scenes
-that none of the other tables uses; what it gains is in the main table.
+Chosen by `benchmarks/study.py` (tables tune and presets, FCOS, 2 seeds each) on scenes that no
+other table uses, for taps at the backbone's stages.
 """
 
 RELEASED_TWO_STAGE = Hyperparameters(
