@@ -20,10 +20,17 @@ import featkd
 
 Line = dict[str, Any]
 PLAIN, OURS = "none", "featkd"
-DEFAULTS = dict.fromkeys(NAMES, "") | {
+VARIANTS = dict.fromkeys(NAMES, "") | {"taps": "backbone"}
+DEFAULTS = VARIANTS | {
     each.name: each.default
     for each in fields(featkd.Hyperparameters)
     if each.default is not MISSING
+}
+HYPERPARAMETERS = {each.name for each in fields(featkd.Hyperparameters)}
+PRESETS = {
+    name: asdict(value)
+    for name, value in vars(featkd).items()
+    if isinstance(value, featkd.Hyperparameters)
 }
 OTHER_METRICS = {"ap50": "AP50", "ap75": "AP75", "ap_s": "AP_S", "ap_m": "AP_M", "ap_l": "AP_L"}
 CELL = ("detector", "student", "teacher", "method", "steps", "data", "hyperparameters")
@@ -88,11 +95,11 @@ def paired_gains(lines: Iterable[Line], plain: Iterable[Line]) -> list[float]:
 def facts(line: Line) -> dict[str, Any]:
     """What a cell may differ in beside detector and method."""
     shapes = {"student": line["student"], "teacher": line["teacher"] and line["teacher"]["shape"]}
-    settings = line["hyperparameters"]
+    # A line leaves out what is at its default.
+    settings = {"taps": "backbone"} | line["hyperparameters"]
     if line["method"] == OURS:
-        # A line leaves out what is at its default.
         hyperparameters, variants = split(settings)
-        settings = asdict(hyperparameters) | dict.fromkeys(NAMES, "") | variants
+        settings = asdict(hyperparameters) | VARIANTS | variants
     shown = {
         name: shape if isinstance(shape, str) else "-".join(map(str, shape))
         for name, shape in shapes.items()
@@ -136,9 +143,22 @@ def rows(lines: Sequence[Line]) -> list[Row]:
 
 
 def setting(own: dict[str, Any], names: list[str]) -> str:
-    """Of what varies, what is not at its default, or else all of it."""
+    """Of what varies, what is not at its default, or else all of it.
+
+    Or featkd's nearest preset and what differs from it, where that is shorter.
+    """
     changed = [name for name in names if own[name] != DEFAULTS.get(name)] or names
-    return ", ".join(f"{name} {text(own[name])}" for name in changed)
+    texts = [listed(own, changed)]
+    if own.keys() >= HYPERPARAMETERS and HYPERPARAMETERS & set(names):
+        others = [name for name in changed if name not in HYPERPARAMETERS]
+        for preset, values in PRESETS.items():
+            differing = [name for name, value in values.items() if own[name] != value]
+            texts.append(", ".join(filter(None, [preset, listed(own, differing + others)])))
+    return min(texts, key=len)
+
+
+def listed(own: dict[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {text(own[name])}" for name in names)
 
 
 def text(value: float | bool | str) -> str:
@@ -257,18 +277,20 @@ def sensitivity_plot(lines: Sequence[Line], file: Path) -> None:
 
 
 def gains_plot(lines: Sequence[Line], file: Path) -> None:
-    """Paired gains with their intervals, by detector and method."""
+    """Paired gains with their intervals, by detector, method and featkd's setting."""
     shown = [row for row in rows(lines) if row.gain is not None]
     detectors = list(dict.fromkeys(row.detector for row in shown))
-    methods = list(dict.fromkeys(row.method for row in shown))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    series: dict[str, list[Row]] = defaultdict(list)
+    for row in shown:
+        ours = row.method == OURS
+        series[f"{row.method}\n{row.setting}".strip() if ours else row.method].append(row)
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    for index, method in enumerate(methods):
-        own = [row for row in shown if row.method == method]
-        shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+    for index, (label, own) in enumerate(series.items()):
+        shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
         at = [detectors.index(row.detector) + shift for row in own]
         gains = [row.gain.mean for row in own]
-        axes.errorbar(at, gains, [row.gain.half for row in own], fmt="o", capsize=3, label=method)
+        axes.errorbar(at, gains, [row.gain.half for row in own], fmt="o", capsize=3, label=label)
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set_xticks(range(len(detectors)), detectors)
     axes.set_ylabel("gain over the plain student, AP points")

@@ -74,22 +74,19 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     everything = [run for run in runs if run.seed in study.MAIN_SEEDS]
     more = [run for run in runs if run.seed in study.MORE_SEEDS]
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
-    assert len(everything) == (10 + 9 + 9) * 5
+    assert len(everything) == (11 + 10 + 10) * 5
     assert len(more) == 3 * 2 * 5
     assert len(runs) == len(everything) + len(more)
-    presets = [
-        study_variants.split(run.hyperparameters)[0] for run in runs if run.method == "featkd"
-    ]
-    assert all(each in (study.featkd.NORMALIZED, study.featkd.ONE_STAGE) for each in presets)
+    ours = [run.hyperparameters for run in runs if run.method == "featkd"]
+    for detector_free in (study.AT_FPN[0], *study.RECOMMENDED):
+        assert ours.count(detector_free) >= 3 * 5
     others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
     assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
     assert "taps" not in others["overhaul"]
     others = {run.method: run.hyperparameters for run in runs if run.detector == "retinanet"}
     assert others["pkd"] == {"weight": 4.0}
-    assert {run.hyperparameters.get("taps") for run in more if run.detector == "faster_rcnn"} == {
-        None,  # the plain student
-        "fpn",
-    }
+    assert {run.method for run in more} == {"none", "featkd"}
+    assert all(run.hyperparameters in ({}, study.AT_FPN[0]) for run in more)
 
 
 def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
@@ -429,10 +426,8 @@ def test_a_setting_at_its_default_is_left_out_where_something_else_is_said() -> 
     for settings in study.PRESETS:
         lines += seeds(replace(DISTILLED, hyperparameters=settings), 0.5)
     found = {row.setting for row in study_tables.rows(lines)}
-    assert (
-        "alpha 0, beta 8, gamma 0, temperature 0.5, reduction mean_square, normalize True" in found
-    )
-    assert "alpha 0.0004, beta 0.02, gamma 0.0004, temperature 0.5" in found
+    assert {"NORMALIZED", "NORMALIZED, temperature 0.5", "ONE_STAGE"} <= found
+    assert "NORMALIZED, beta 16, temperature 2, masks spread" in found
     assert len(found) == len(study.PRESETS)
 
 
