@@ -135,8 +135,6 @@ MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
     range(2),
     range(2),
 )
-# Of the plain student and featkd's at the FPN alone, for a narrower interval of the gain.
-MORE_SEEDS = range(25, 30)
 # Whose tuned weights a detector gets.
 TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
 
@@ -174,8 +172,7 @@ CANDIDATES = {
     "pkd": weights(0.25, 1.0, 4.0, 16.0, 64.0),
 }
 NEEDS_RELU = {"overhaul"}  # in front of its taps
-TERMS = {"alpha": 1.0, "beta": 4.0, "gamma": 1.0}
-ALL_TERMS = replace(BASE, **TERMS)
+ALL_TERMS = replace(BASE, alpha=1.0, gamma=1.0)
 
 
 def tune_runs(lines: Iterable[Line]) -> list[Run]:
@@ -195,7 +192,7 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
     chosen = best(finished("tune", tune_runs(lines), lines))
     runs = []
     for detector, tuned_on in TUNED_ON.items():
-        settings = {"featkd": RECOMMENDED} | {
+        settings = {"featkd": [settings_of(featkd.NORMALIZED)]} | {
             method: [chosen[tuned_on, method]] for method in list(CANDIDATES)[1:]
         }
         for method in settings.keys() - NEEDS_RELU:
@@ -208,7 +205,7 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
 
 
 def main_runs(lines: Iterable[Line]) -> list[Run]:
-    """The methods at their tuned settings and taps, more of featkd's; then more seeds.
+    """The methods at their tuned settings and taps, and more of featkd's settings.
 
     `LookupError` where the tables before it are not finished.
     """
@@ -220,14 +217,10 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     runs = []
     for seed in MAIN_SEEDS:
         for detector, own in settings.items():
-            presets = [*own["featkd"], AT_FPN[0], *RECOMMENDED, settings_of(featkd.ONE_STAGE)]
+            presets = [*own["featkd"], PRINTED_AT_FPN, *PRESETS_AT_STAGES]
             plain = plain_run(detector, seed, MAIN)
             runs += [plain, *distilled(plain, own | {"featkd": presets})]
-    for seed in MORE_SEEDS:
-        for detector in settings:
-            plain = plain_run(detector, seed, MAIN)
-            runs += [plain, *distilled(plain, {"featkd": AT_FPN[:1]})]
-    # The tuned preset may be the recommended one.
+    # The tuned setting may be one of the presets.
     return list({run.identity: run for run in runs}.values())
 
 
@@ -284,30 +277,44 @@ def distilled(
     ]
 
 
-def with_terms(*names: str, **changes: Any) -> dict[str, Any]:
-    left_out = dict.fromkeys(set(TERMS) - set(names), 0.0)
-    return settings_of(ALL_TERMS, **left_out, **changes)
+def with_terms(base: featkd.Hyperparameters, *names: str, **changes: Any) -> dict[str, Any]:
+    return settings_of(base, **dict.fromkeys(set(TERMS) - set(names), 0.0), **changes)
 
 
-ABLATION = [with_terms(*names) for count in (1, 2, 3) for names in combinations(TERMS, count)]
+SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
+TERMS = ("alpha", "beta", "gamma")
+# The teachers' FPN outputs are 2 to 5 times as large as their backbones' stages.
+PRINTED = replace(featkd.ONE_STAGE, temperature=4.0)
+PRINTED_AT_FPN = settings_of(PRINTED) | FPN
+AT_FPN = [
+    PRINTED_AT_FPN,
+    settings_of(featkd.NORMALIZED, beta=32.0, temperature=4.0) | FPN,
+    *(
+        settings_of(featkd.NORMALIZED, normalize=False, beta=beta, temperature=4.0) | FPN
+        for beta in (1e-3, 4e-3)
+    ),
+]
+PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
+ABLATION = [
+    with_terms(PRINTED, *names) | FPN for count in (1, 2, 3) for names in combinations(TERMS, count)
+]
 RELATIONS = [
-    with_terms("gamma", kind=kind)
+    with_terms(PRINTED, "gamma", kind=kind) | FPN
     for kind in ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 ]
 ATTENTION = [
-    with_terms("alpha", "beta", transfer_attention=part, masked_attention=part)
+    with_terms(PRINTED, "alpha", "beta", transfer_attention=part, masked_attention=part) | FPN
     for part in ("spatial", "channel", "both")
 ]
 SENSITIVITY = [
-    settings_of(ALL_TERMS),
+    PRINTED_AT_FPN,
     *(
-        settings_of(ALL_TERMS, **{name: value * factor})
-        for name, value in TERMS.items()
+        settings_of(PRINTED, **{name: getattr(PRINTED, name) * factor}) | FPN
+        for name in TERMS
         for factor in (0.25, 4.0)
     ),
-    *(settings_of(ALL_TERMS, temperature=value) for value in (0.1, 0.25, 1.0, 2.0)),
+    *(settings_of(PRINTED, temperature=value) | FPN for value in (0.5, 1.0, 2.0, 16.0)),
 ]
-SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
 PRESETS = [
     *(settings_of(BASE, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)),
     settings_of(featkd.ONE_STAGE),
@@ -341,8 +348,8 @@ OPEN = [
     settings_of(BASE) | FPN,
     settings_of(BASE, temperature=0.1),
     *(settings_of(BASE, temperature=value) | SPREAD for value in (1.0, 4.0)),
-    with_terms("alpha", "beta"),
-    with_terms("beta", "gamma"),
+    with_terms(ALL_TERMS, "alpha", "beta"),
+    with_terms(ALL_TERMS, "beta", "gamma"),
     settings_of(BASE, fusion="probabilities"),
     # The norm of 8 images' norms is about sqrt(8) times their mean.
     settings_of(BASE, reduction="norm", beta=4 / sqrt(8)),
@@ -353,21 +360,11 @@ OPEN = [
     ),
     *(settings_of(BASE) | {"schedule": name} for name in ("warm-up", "decay")),
     *(
-        with_terms("gamma", teacher_relation=of_teacher, residual=residual)
+        with_terms(ALL_TERMS, "gamma", teacher_relation=of_teacher, residual=residual)
         for of_teacher in ("fixed", "trained")
         for residual in (False, True)
     ),
-    with_terms("gamma") | {"relation": "tied"},
-]
-RECOMMENDED = [settings_of(featkd.NORMALIZED)]
-# The teachers' FPN outputs are 2 to 5 times as large as their backbones' stages.
-AT_FPN = [
-    settings_of(featkd.ONE_STAGE, temperature=4.0) | FPN,
-    settings_of(featkd.NORMALIZED, beta=32.0, temperature=4.0) | FPN,
-    *(
-        settings_of(featkd.NORMALIZED, normalize=False, beta=beta, temperature=4.0) | FPN
-        for beta in (1e-3, 4e-3)
-    ),
+    with_terms(ALL_TERMS, "gamma") | {"relation": "tied"},
 ]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
@@ -382,9 +379,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "relations": secondary_runs(RELATIONS),
     "attention": secondary_runs(ATTENTION),
     "sensitivity": secondary_runs(SENSITIVITY),
-    "teachers": secondary_runs(RECOMMENDED, TEACHERS),
-    "students": secondary_runs(RECOMMENDED, students=[STUDENT, *BACKBONES]),
-    "masks": secondary_runs(RECOMMENDED, detector=MASK_RCNN),
+    "teachers": secondary_runs([PRINTED_AT_FPN], TEACHERS),
+    "students": secondary_runs([PRINTED_AT_FPN], students=[STUDENT, *BACKBONES]),
+    "masks": secondary_runs([PRINTED_AT_FPN], detector=MASK_RCNN),
     "quick": quick_runs,
 }
 
