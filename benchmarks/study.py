@@ -217,7 +217,7 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     runs = []
     for seed in MAIN_SEEDS:
         for detector, own in settings.items():
-            presets = [*own["featkd"], PRINTED_AT_FPN, *PRESETS_AT_STAGES]
+            presets = [*own["featkd"], ONE_STAGE_AT_FPN, *PRESETS_AT_STAGES]
             plain = plain_run(detector, seed, MAIN)
             runs += [plain, *distilled(plain, own | {"featkd": presets})]
     # The tuned setting may be one of the presets.
@@ -284,10 +284,14 @@ def with_terms(base: featkd.Hyperparameters, *names: str, **changes: Any) -> dic
 SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
 TERMS = ("alpha", "beta", "gamma")
 # The teachers' FPN outputs are 2 to 5 times as large as their backbones' stages.
-PRINTED = replace(featkd.ONE_STAGE, temperature=4.0)
-PRINTED_AT_FPN = settings_of(PRINTED) | FPN
+ONE_STAGE_AT_FPN = settings_of(featkd.ONE_STAGE, temperature=4.0) | FPN
+# FCOS's best in the taps table: what the tables of FCOS alone vary.
+TWO_STAGE = replace(featkd.TWO_STAGE, temperature=4.0)
+TWO_STAGE_AT_FPN = settings_of(TWO_STAGE) | FPN
 AT_FPN = [
-    PRINTED_AT_FPN,
+    ONE_STAGE_AT_FPN,
+    TWO_STAGE_AT_FPN,
+    settings_of(featkd.TWO_STAGE, beta=1e-3, temperature=4.0) | FPN,
     settings_of(featkd.NORMALIZED, beta=32.0, temperature=4.0) | FPN,
     *(
         settings_of(featkd.NORMALIZED, normalize=False, beta=beta, temperature=4.0) | FPN
@@ -296,24 +300,26 @@ AT_FPN = [
 ]
 PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
 ABLATION = [
-    with_terms(PRINTED, *names) | FPN for count in (1, 2, 3) for names in combinations(TERMS, count)
+    with_terms(TWO_STAGE, *names) | FPN
+    for count in (1, 2, 3)
+    for names in combinations(TERMS, count)
 ]
 RELATIONS = [
-    with_terms(PRINTED, "gamma", kind=kind) | FPN
+    with_terms(TWO_STAGE, "gamma", kind=kind) | FPN
     for kind in ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 ]
 ATTENTION = [
-    with_terms(PRINTED, "alpha", "beta", transfer_attention=part, masked_attention=part) | FPN
+    with_terms(TWO_STAGE, "alpha", "beta", transfer_attention=part, masked_attention=part) | FPN
     for part in ("spatial", "channel", "both")
 ]
 SENSITIVITY = [
-    PRINTED_AT_FPN,
+    TWO_STAGE_AT_FPN,
     *(
-        settings_of(PRINTED, **{name: getattr(PRINTED, name) * factor}) | FPN
+        settings_of(TWO_STAGE, **{name: getattr(TWO_STAGE, name) * factor}) | FPN
         for name in TERMS
         for factor in (0.25, 4.0)
     ),
-    *(settings_of(PRINTED, temperature=value) | FPN for value in (0.5, 1.0, 2.0, 16.0)),
+    *(settings_of(TWO_STAGE, temperature=value) | FPN for value in (0.5, 1.0, 2.0, 16.0)),
 ]
 PRESETS = [
     *(settings_of(BASE, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)),
@@ -379,9 +385,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "relations": secondary_runs(RELATIONS),
     "attention": secondary_runs(ATTENTION),
     "sensitivity": secondary_runs(SENSITIVITY),
-    "teachers": secondary_runs([PRINTED_AT_FPN], TEACHERS),
-    "students": secondary_runs([PRINTED_AT_FPN], students=[STUDENT, *BACKBONES]),
-    "masks": secondary_runs([PRINTED_AT_FPN], detector=MASK_RCNN),
+    "teachers": secondary_runs([TWO_STAGE_AT_FPN], TEACHERS),
+    "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
+    "masks": secondary_runs([ONE_STAGE_AT_FPN], detector=MASK_RCNN),
     "quick": quick_runs,
 }
 

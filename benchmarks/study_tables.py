@@ -223,6 +223,8 @@ def comparison(lines: Sequence[Line]) -> str:
         for cell in detectors:
             found = [paired_gains(cell, rivals) for rivals in others.values()]
             body.append((cell[0]["detector"], shown, *map(difference, found)))
+        if len(detectors) == 1:
+            continue
         means = []
         for rivals in others.values():
             by_seed = [paired_gains(lines, rivals) for lines in cells(everywhere, ("seed",))]

@@ -74,7 +74,7 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
     assert len(runs) == (11 + 10 + 10) * 5
     ours = [run.hyperparameters for run in runs if run.method == "featkd"]
-    for everywhere in (study.PRINTED_AT_FPN, *study.PRESETS_AT_STAGES):
+    for everywhere in (study.ONE_STAGE_AT_FPN, *study.PRESETS_AT_STAGES):
         assert ours.count(everywhere) >= 3 * 5
     others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
     assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
@@ -439,6 +439,7 @@ def test_the_comparison_is_paired_by_seed_and_detector() -> None:
     assert found[2] == ["| fcos", "", "+25.00 ± 63.53", "+10.00 ± 0.00 |"]
     assert found[3] == ["| retinanet", "", "+35.00 ± 63.53", "+20.00 ± 0.00 |"]
     assert found[4] == ["| mean", "", "+30.00 ± 63.53", "+15.00 ± 0.00 |"]
+    assert "mean" not in study_tables.comparison(fcos)
     without = [line for line in lines if (line["detector"], line["seed"]) != ("fcos", 1)]
     assert "| mean |  | +35.00 | +15.00 |" in study_tables.comparison(without)
 
@@ -450,9 +451,9 @@ def test_a_sweep_changes_one_hyperparameter_alone() -> None:
     found = study_tables.sweeps(lines)
     values = {name: [value for value, _ in points] for name, points in found.items()}
     assert values == {
-        "alpha": [1e-4, 4e-4, 16e-4],
-        "beta": [0.005, 0.02, 0.08],
-        "gamma": [1e-4, 4e-4, 16e-4],
+        "alpha": [1.75e-5, 7e-5, 28e-5],
+        "beta": [1e-3, 4e-3, 16e-3],
+        "gamma": [1.75e-5, 7e-5, 28e-5],
         "temperature": [0.5, 1.0, 2.0, 4.0, 16.0],
     }
     assert [cell[0]["hyperparameters"]["beta"] for _, cell in found["beta"]] == values["beta"]
