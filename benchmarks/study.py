@@ -37,7 +37,16 @@ from baselines import (
     move_last_relu,
 )
 from measure import RESULTS, provenance
-from study_tables import best, comparison, gains_plot, report, sensitivity_plot, teachers_plot
+from study_tables import (
+    best,
+    comparison,
+    contestants,
+    gains_plot,
+    gains_table,
+    report,
+    sensitivity_plot,
+    teachers_plot,
+)
 from study_variants import featkd_loss
 from torch import nn
 from tqdm import tqdm
@@ -217,7 +226,7 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     runs = []
     for seed in MAIN_SEEDS:
         for detector, own in settings.items():
-            presets = [*own["featkd"], ONE_STAGE_AT_FPN, *PRESETS_AT_STAGES]
+            presets = [*own["featkd"], FPN_OUTPUTS, *PRESETS_AT_STAGES]
             plain = plain_run(detector, seed, MAIN)
             runs += [plain, *distilled(plain, own | {"featkd": presets})]
     # The tuned setting may be one of the presets.
@@ -284,12 +293,12 @@ def with_terms(base: featkd.Hyperparameters, *names: str, **changes: Any) -> dic
 SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
 TERMS = ("alpha", "beta", "gamma")
 # The teachers' FPN outputs are 2 to 5 times as large as their backbones' stages.
-ONE_STAGE_AT_FPN = settings_of(featkd.ONE_STAGE, temperature=4.0) | FPN
+FPN_OUTPUTS = settings_of(featkd.FPN_OUTPUTS) | FPN
 # FCOS's best in the taps table: what the tables of FCOS alone vary.
 TWO_STAGE = replace(featkd.TWO_STAGE, temperature=4.0)
 TWO_STAGE_AT_FPN = settings_of(TWO_STAGE) | FPN
 AT_FPN = [
-    ONE_STAGE_AT_FPN,
+    FPN_OUTPUTS,
     TWO_STAGE_AT_FPN,
     settings_of(featkd.TWO_STAGE, beta=1e-3, temperature=4.0) | FPN,
     settings_of(featkd.NORMALIZED, beta=32.0, temperature=4.0) | FPN,
@@ -387,7 +396,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "sensitivity": secondary_runs(SENSITIVITY),
     "teachers": secondary_runs([TWO_STAGE_AT_FPN], TEACHERS),
     "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
-    "masks": secondary_runs([ONE_STAGE_AT_FPN], detector=MASK_RCNN),
+    "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
     "quick": quick_runs,
 }
 
@@ -676,11 +685,14 @@ def write_tables(options: argparse.Namespace) -> None:
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
         if name == "main":
+            rivals = contestants(found, best(lines_of(tap_runs(lines), lines)))
             parts += [
+                "AP points over the plain student, same seeds:",
+                gains_table(*rivals),
                 "AP points of featkd less those of the others, same seeds:",
-                comparison(found),
+                comparison(*rivals),
             ]
-            gains_plot(found, LINES.with_name("study_gains.png"))
+            gains_plot(*rivals, LINES.with_name("study_gains.png"))
             parts.append("![paired gains](study_gains.png)")
         if name == "teachers":
             teachers_plot(found, LINES.with_name("study_teachers.png"))

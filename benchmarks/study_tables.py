@@ -5,7 +5,7 @@ A cell of a table is what differs in nothing but its seed. AP is in points, 0 to
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import isfinite, nan, sqrt
 from pathlib import Path
@@ -205,37 +205,70 @@ def entries(row: Row) -> tuple[str, ...]:
     return (*first, row.ap.text(), gain, count, *others, number(row.teacher_ap))
 
 
-def comparison(lines: Sequence[Line]) -> str:
-    """A table: AP of each featkd setting less that of every other method, paired by seed.
+def contestants(
+    lines: Sequence[Line], chosen: Mapping[tuple[str, str], dict[str, Any]]
+) -> tuple[dict[str, list[Line]], dict[str, list[Line]]]:
+    """By name the lines of featkd's settings, and those of the other methods.
 
-    By detector, and as the mean over the detectors, whose interval is over the seeds.
+    featkd's: the one `chosen` for each detector, and those that all detectors have.
     """
     ours = [line for line in lines if line["method"] == OURS]
+    names = varying(ours)[OURS]
+    tuned = [
+        line for line in ours if line["hyperparameters"] == chosen.get((line["detector"], OURS))
+    ]
+    settings = {f"{OURS}, tuned for each detector": tuned} if tuned else {}
+    detectors = {line["detector"] for line in ours}
+    for everywhere in cells(ours, CELL[1:]):
+        if {line["detector"] for line in everywhere} == detectors:
+            settings[f"{OURS}, {setting(facts(everywhere[0]), names)}"] = everywhere
     others: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         if line["method"] not in (OURS, "teacher"):
             others[line["method"]].append(line)
-    names = varying(ours)[OURS]
-    body = []
-    for everywhere in cells(ours, CELL[1:]):
-        detectors = cells(everywhere)
-        shown = setting(facts(everywhere[0]), names)
-        for cell in detectors:
-            found = [paired_gains(cell, rivals) for rivals in others.values()]
-            body.append((cell[0]["detector"], shown, *map(difference, found)))
-        if len(detectors) == 1:
-            continue
-        means = []
-        for rivals in others.values():
-            by_seed = [paired_gains(lines, rivals) for lines in cells(everywhere, ("seed",))]
-            whole = [mean(gains) for gains in by_seed if len(gains) == len(detectors)]
-            means.append(difference(whole))
-        body.append(("mean", shown, *means))
-    return table([("detector", "setting", *(f"over {name}" for name in others)), *body])
+    return settings, others
 
 
-def difference(gains: Sequence[float]) -> str:
-    return interval(gains).text("+") if gains else ""
+def differences(lines: Iterable[Line], rivals: Iterable[Line]) -> dict[str, Interval]:
+    """Of AP, paired by seed; by detector, and `"mean"` over them, whose interval is over seeds."""
+    lines, rivals = list(lines), list(rivals)
+    by_detector, by_seed = cells(lines, ("detector",)), cells(lines, ("seed",))
+    gains = {own[0]["detector"]: paired_gains(own, rivals) for own in by_detector}
+    each = [paired_gains(own, rivals) for own in by_seed]
+    gains["mean"] = [mean(found) for found in each if len(found) == len(by_detector)]
+    return {name: interval(found) for name, found in gains.items() if found}
+
+
+def gains_table(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]) -> str:
+    """A table: AP of each less the plain student's."""
+    found = {
+        name: differences(lines, others[PLAIN])
+        for name, lines in (*ours.items(), *others.items())
+        if name != PLAIN
+    }
+    columns = list(dict.fromkeys(column for each in found.values() for column in each))
+    return compared("method", columns, list(found.items()))
+
+
+def comparison(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]) -> str:
+    """A table: AP of each featkd setting less that of every other method."""
+    found = [
+        (f"{name}: {place}", {rival: each.get(place) for rival, each in by_rival.items()})
+        for name, lines in ours.items()
+        for by_rival in [{rival: differences(lines, other) for rival, other in others.items()}]
+        for place in next(iter(by_rival.values()))
+    ]
+    return compared("setting", list(others), found)
+
+
+def compared(
+    first: str, columns: Sequence[str], found: Iterable[tuple[str, Mapping[str, Interval | None]]]
+) -> str:
+    body = [
+        (name, *(each.text("+") if (each := values.get(column)) else "" for column in columns))
+        for name, values in found
+    ]
+    return table([(first, *columns), *body])
 
 
 def sweeps(lines: Iterable[Line]) -> dict[str, list[tuple[Any, list[Line]]]]:
@@ -278,23 +311,29 @@ def sensitivity_plot(lines: Sequence[Line], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def gains_plot(lines: Sequence[Line], file: Path) -> None:
-    """Paired gains with their intervals, by detector, method and featkd's setting."""
-    shown = [row for row in rows(lines) if row.gain is not None]
-    detectors = list(dict.fromkeys(row.detector for row in shown))
-    series: dict[str, list[Row]] = defaultdict(list)
-    for row in shown:
-        ours = row.method == OURS
-        series[f"{row.method}\n{row.setting}".strip() if ours else row.method].append(row)
+def gains_plot(
+    ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]], file: Path
+) -> None:
+    """Gains over the plain student with their intervals; featkd's as squares."""
+    series = [
+        (name, marker, differences(lines, others[PLAIN]))
+        for marker, group in (("s", ours), ("o", others))
+        for name, lines in group.items()
+        if name != PLAIN
+    ]
+    places = list(dict.fromkeys(place for _, _, gains in series for place in gains))
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    for index, (label, own) in enumerate(series.items()):
+    for index, (name, marker, gains) in enumerate(series):
         shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
-        at = [detectors.index(row.detector) + shift for row in own]
-        gains = [row.gain.mean for row in own]
-        axes.errorbar(at, gains, [row.gain.half for row in own], fmt="o", capsize=3, label=label)
+        at = [places.index(place) + shift for place in gains]
+        means, halves = (
+            [each.mean for each in gains.values()],
+            [each.half for each in gains.values()],
+        )
+        axes.errorbar(at, means, halves, fmt=marker, capsize=3, label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set_xticks(range(len(detectors)), detectors)
+    axes.set_xticks(range(len(places)), places)
     axes.set_ylabel("gain over the plain student, AP points")
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=120)

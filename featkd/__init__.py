@@ -16,6 +16,7 @@ from .functional import (
     spatial_attention,
 )
 from .hyperparameters import (
+    FPN_OUTPUTS,
     NORMALIZED,
     ONE_STAGE,
     RELEASED_ONE_STAGE,
@@ -34,6 +35,7 @@ from .transfer import AttentionTransferLoss
 __version__ = "0.1.0"
 
 __all__ = [
+    "FPN_OUTPUTS",
     "NORMALIZED",
     "ONE_STAGE",
     "RELEASED_ONE_STAGE",

@@ -32,9 +32,9 @@ class FeatureDistillationLoss(nn.Module):
     Args:
         student_channels: C_S for one level, or a mapping from level name to C_S.
         teacher_channels: C_T likewise, with the same levels.
-        hyperparameters: :data:`.NORMALIZED`, :data:`.TWO_STAGE`, :data:`.ONE_STAGE`,
-            :data:`.RELEASED_TWO_STAGE`, :data:`.RELEASED_ONE_STAGE` or one's own
-            :class:`Hyperparameters`.
+        hyperparameters: :data:`.FPN_OUTPUTS`, :data:`.NORMALIZED`, :data:`.TWO_STAGE`,
+            :data:`.ONE_STAGE`, :data:`.RELEASED_TWO_STAGE`, :data:`.RELEASED_ONE_STAGE` or one's
+            own :class:`Hyperparameters`.
         inter_channels, subsample: of the relations, see :class:`featkd.NonLocalRelation`; one value
             or a mapping from level name to value.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or

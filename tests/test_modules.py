@@ -571,6 +571,7 @@ PRINTED = {
     [
         ("TWO_STAGE", (7e-5, 4e-3, 7e-5), 0.1, PRINTED),
         ("ONE_STAGE", (4e-4, 2e-2, 4e-4), 0.5, PRINTED),
+        ("FPN_OUTPUTS", (4e-4, 2e-2, 4e-4), 4.0, PRINTED),
         ("RELEASED_TWO_STAGE", (4e-3, 7e-5, 7e-5), 0.5, RELEASED | {"masked_attention": "spatial"}),
         (
             "RELEASED_ONE_STAGE",

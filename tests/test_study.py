@@ -74,7 +74,7 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
     assert len(runs) == (11 + 10 + 10) * 5
     ours = [run.hyperparameters for run in runs if run.method == "featkd"]
-    for everywhere in (study.ONE_STAGE_AT_FPN, *study.PRESETS_AT_STAGES):
+    for everywhere in (study.FPN_OUTPUTS, *study.PRESETS_AT_STAGES):
         assert ours.count(everywhere) >= 3 * 5
     others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
     assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
@@ -433,15 +433,34 @@ def test_the_comparison_is_paired_by_seed_and_detector() -> None:
         for line in fcos
         for shift in [0.1 if line["method"] == "featkd" else 0.0]
     ]
-    found = [row.split(" | ") for row in study_tables.comparison(lines).splitlines()]
-    assert found[0] == ["| detector", "setting", "over none", "over pkd |"]
+    rivals = study_tables.contestants(lines, {})
+    found = [row.split(" | ") for row in study_tables.comparison(*rivals).splitlines()]
+    assert found[0] == ["| setting", "none", "pkd |"]
     # 30 and 20 points: mean 25, s = sqrt(50), t_{0.975, 1} = 12.706205
-    assert found[2] == ["| fcos", "", "+25.00 ± 63.53", "+10.00 ± 0.00 |"]
-    assert found[3] == ["| retinanet", "", "+35.00 ± 63.53", "+20.00 ± 0.00 |"]
-    assert found[4] == ["| mean", "", "+30.00 ± 63.53", "+15.00 ± 0.00 |"]
-    assert "mean" not in study_tables.comparison(fcos)
+    assert found[2] == ["| featkd, : fcos", "+25.00 ± 63.53", "+10.00 ± 0.00 |"]
+    assert found[3] == ["| featkd, : retinanet", "+35.00 ± 63.53", "+20.00 ± 0.00 |"]
+    assert found[4] == ["| featkd, : mean", "+30.00 ± 63.53", "+15.00 ± 0.00 |"]
+    gains = [row.split(" | ") for row in study_tables.gains_table(*rivals).splitlines()]
+    assert gains[0] == ["| method", "fcos", "retinanet", "mean |"]
+    assert gains[2] == ["| featkd, ", "+25.00 ± 63.53", "+35.00 ± 63.53", "+30.00 ± 63.53 |"]
+    assert gains[3] == ["| pkd", "+15.00 ± 63.53", "+15.00 ± 63.53", "+15.00 ± 63.53 |"]
+    # A seed that a detector lacks is in no mean over the detectors.
     without = [line for line in lines if (line["detector"], line["seed"]) != ("fcos", 1)]
-    assert "| mean |  | +35.00 | +15.00 |" in study_tables.comparison(without)
+    fewer = study_tables.comparison(*study_tables.contestants(without, {}))
+    assert "| featkd, : mean | +35.00 | +15.00 |" in fewer
+
+
+def test_the_contestants_are_what_all_detectors_have_and_what_was_chosen_for_each() -> None:
+    elsewhere = replace(DISTILLED, detector="retinanet")
+    alone = replace(elsewhere, hyperparameters=study.FPN_OUTPUTS)
+    plain = seeds(PLAIN, 0.4) + seeds(replace(PLAIN, detector="retinanet"), 0.4)
+    lines = plain + seeds(DISTILLED, 0.5) + seeds(elsewhere, 0.5) + seeds(alone, 0.6)
+    chosen = {("fcos", "featkd"): DISTILLED.hyperparameters}
+    chosen["retinanet", "featkd"] = study.FPN_OUTPUTS
+    ours, others = study_tables.contestants(lines, chosen)
+    assert [[line["ap"] for line in each] for each in ours.values()] == [[0.5, 0.6], [0.5, 0.5]]
+    assert next(iter(ours)) == "featkd, tuned for each detector"
+    assert others == {"none": plain}
 
 
 def test_a_sweep_changes_one_hyperparameter_alone() -> None:
@@ -470,7 +489,7 @@ def test_the_best_candidate_has_the_highest_mean_over_its_seeds() -> None:
 
 def test_the_plots_are_drawn_even_of_single_seeds(tmp_path: Path) -> None:
     lines = seeds(PLAIN, 0.4) + seeds(DISTILLED, 0.5, teacher_ap=0.7)
-    study_tables.gains_plot(lines, tmp_path / "gains.png")
+    study_tables.gains_plot(*study_tables.contestants(lines, {}), tmp_path / "gains.png")
     study_tables.teachers_plot(lines, tmp_path / "teachers.png")
     swept = seeds(PLAIN, 0.4)
     for settings in study.SENSITIVITY:
