@@ -1,11 +1,12 @@
-"""Whether attention lies on the objects: of the teachers that `study.py` has trained, by stage.
+"""Whether attention lies on the objects: of the teachers that `study.py` has trained, by tap.
 
 python benchmarks/study_attention.py
 
 AUC: the probability that a position with its centre in a box has more spatial attention than one
 outside of all boxes of the image; 0.5 where attention does not tell them apart, less where the
 background has more. `centred`: attention of what a position's features differ by from the map's
-mean, channel by channel (`masks="centred"` in `study_variants.py`).
+mean, channel by channel (`masks="centred"` in `study_variants.py`). `rms`: the root mean square of
+the features, which says what a temperature means.
 
 Prints a table and writes `results/study_attention.json`.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ MAPS = {
     "attention": featkd.spatial_attention,
     "centred": lambda features: featkd.spatial_attention(centred(features)),
 }
+COLUMNS = (*MAPS, "rms")
 
 
 def inside(boxes: Tensor, image_size: int, height: int, width: int) -> Tensor:
@@ -45,28 +48,33 @@ def inside(boxes: Tensor, image_size: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def aucs(model: nn.Module, data: Dataset[Any]) -> dict[str, dict[str, float]]:
-    """By stage and kind of map, the mean over the images that have positions of both sorts."""
+def measured(
+    model: nn.Module, layers: list[str], data: Dataset[Any]
+) -> dict[str, dict[str, float]]:
+    """By tap the AUC of each kind of map, over the images with positions of both sorts, and rms."""
     found: dict[str, dict[str, list[Tensor]]] = {}
     model.eval()
-    with featkd.FeatureTap(model, list(levels_of(model))) as tap:
+    with featkd.FeatureTap(model, layers) as tap:
         for batch in DataLoader(data, batch_size=16, collate_fn=collate):
             images, targets = to_device(batch, torch.device("cpu"))
             model(images)
-            for stage, features in tap.pop().items():
+            for layer, features in tap.pop().items():
+                squares = found.setdefault(layer, {}).setdefault("rms", [])
+                squares += features.square().mean(dim=(1, 2, 3))
                 size = images[0].shape[-1]
                 sorts = [inside(each["boxes"], size, *features.shape[2:]) for each in targets]
                 for name, attention in MAPS.items():
-                    values = found.setdefault(stage, {}).setdefault(name, [])
+                    values = found[layer].setdefault(name, [])
                     values += [
                         binary_auroc(each.flatten(), objects.flatten().long())
                         for each, objects in zip(attention(features), sorts, strict=True)
                         if objects.any() and not objects.all()
                     ]
-    return {
-        stage: {name: float(torch.stack(values).mean()) for name, values in maps.items()}
-        for stage, maps in found.items()
+    means = {
+        layer: {name: float(torch.stack(values).mean()) for name, values in columns.items()}
+        for layer, columns in found.items()
     }
+    return {layer: columns | {"rms": sqrt(columns["rms"])} for layer, columns in means.items()}
 
 
 def trained_teacher(run: Run, folder: Path) -> nn.Module:
@@ -87,12 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found, body = {}, []
     for detector in DETECTORS:
         run = teacher_of(replace(plain_run(detector, 0, MAIN), teacher=Teacher()))
-        found[detector] = aucs(trained_teacher(run, options.output), data)
-        for stage, values in found[detector].items():
-            body.append((detector, stage, *(f"{values[name]:.2f}" for name in MAPS)))
-    content = {"provenance": provenance(torch.device("cpu")), "auc": found}
+        teacher = trained_teacher(run, options.output)
+        stages = list(levels_of(teacher))
+        outputs = [f"backbone[{index}]" for index, _ in enumerate(stages)]
+        found[detector] = measured(teacher, stages + outputs, data)
+        for layer, values in found[detector].items():
+            body.append((detector, layer, *(f"{values[name]:.2f}" for name in COLUMNS)))
+    content = {"provenance": provenance(torch.device("cpu")), "taps": found}
     (options.results / "study_attention.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(table([("detector", "stage", *MAPS), *body]))
+    print(table([("detector", "tap", *COLUMNS), *body]))
 
 
 if __name__ == "__main__":

@@ -52,14 +52,15 @@ def test_a_position_is_inside_where_its_centre_is() -> None:
         ([[2.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]], 0.5, 1 / 6),
     ],
 )
-def test_the_auc_of_attention(
-    monkeypatch: pytest.MonkeyPatch, features: list[list[float]], plain: float, centred: float
+def test_the_auc_of_attention_and_the_size_of_the_features(
+    features: list[list[float]], plain: float, centred: float
 ) -> None:
-    monkeypatch.setattr(study_attention, "levels_of", lambda model: {"stage": 2})
     picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    found = study_attention.aucs(Model(features), [(picture, {"boxes": BOX})])
+    found = study_attention.measured(Model(features), ["stage"], [(picture, {"boxes": BOX})])
     assert found["stage"]["attention"] == pytest.approx(plain)
     assert found["stage"]["centred"] == pytest.approx(centred)
+    squares = [value**2 for channel in features for value in channel]
+    assert found["stage"]["rms"] == pytest.approx((sum(squares) / 8) ** 0.5)
 
 
 def test_the_command_writes_what_it_prints(
@@ -72,12 +73,12 @@ def test_the_command_writes_what_it_prints(
         model = study.new_detector(run, "teacher", run.teacher.shape)
         torch.save(model.state_dict(), tmp_path / f"{run.name}.pt")
     study_attention.main(["--output", str(tmp_path), "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "study_attention.json").read_text())["auc"]
+    found = json.loads((tmp_path / "study_attention.json").read_text())["taps"]
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 9
-    for row, (detector, stage) in zip(
-        rows, [(d, s) for d, stages in found.items() for s in stages], strict=True
+    assert len(rows) == 18
+    for row, (detector, layer) in zip(
+        rows, [(d, layer) for d, layers in found.items() for layer in layers], strict=True
     ):
-        values = found[detector][stage].values()
-        assert row == f"| {' | '.join([detector, stage, *(f'{x:.2f}' for x in values)])} |"
-        assert all(0 <= value <= 1 for value in values)
+        values = [found[detector][layer][name] for name in ("attention", "centred", "rms")]
+        assert row == f"| {' | '.join([detector, layer, *(f'{x:.2f}' for x in values)])} |"
+        assert all(0 <= value <= 1 for value in values[:2])
