@@ -181,6 +181,7 @@ CANDIDATES = {
     "pkd": weights(0.25, 1.0, 4.0, 16.0, 64.0),
 }
 NEEDS_RELU = {"overhaul"}  # in front of its taps
+LOSES_AT_FPN = {"at"}  # on every detector
 ALL_TERMS = replace(BASE, alpha=1.0, gamma=1.0)
 
 
@@ -196,6 +197,8 @@ def tune_runs(lines: Iterable[Line]) -> list[Run]:
 def tap_runs(lines: Iterable[Line]) -> list[Run]:
     """Every method at its tuned setting, at the backbone's stages and at the FPN's outputs.
 
+    At the FPN, which is another scale, with other weights too.
+
     `LookupError` where the tune table is not finished.
     """
     chosen = best(finished("tune", tune_runs(lines), lines))
@@ -205,8 +208,12 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
             method: [chosen[tuned_on, method]] for method in list(CANDIDATES)[1:]
         }
         for method in settings.keys() - NEEDS_RELU:
-            settings[method] = [*settings[method], settings[method][0] | FPN]
-        settings["featkd"] = [*settings["featkd"], *AT_FPN]
+            at_fpn = settings[method][0] | FPN
+            settings[method].append(at_fpn)
+            if method not in LOSES_AT_FPN | {"featkd"}:
+                weight = at_fpn["weight"]
+                settings[method] += [at_fpn | {"weight": weight * by} for by in (0.25, 4.0)]
+        settings["featkd"] += AT_FPN
         for seed in TUNE_SEEDS:
             plain = plain_run(detector, seed, TUNE)
             runs += [plain, *distilled(plain, settings)]

@@ -83,6 +83,17 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     assert others["pkd"] == {"weight": 4.0}
 
 
+def test_at_the_fpn_a_baseline_that_gains_there_is_tried_with_three_weights() -> None:
+    tried: dict[str, set[float]] = {}
+    for run in study.tap_runs(chosen_lines()):
+        if run.hyperparameters.get("taps") == "fpn":
+            tried.setdefault(run.method, set()).add(run.hyperparameters.get("weight"))
+    assert tried.pop("featkd") == {None}
+    assert tried.pop("at") == {4.0}
+    assert tried.pop("fgfi") == {0.0005, 0.002, 0.008}
+    assert tried == {name: {1.0, 4.0, 16.0} for name in ("fitnets", "cwd", "pkd")}
+
+
 def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
     lines = chosen_lines()
     runs = {name: study.TABLES[name](lines) for name in study.TABLES.keys() - {"quick"}}
