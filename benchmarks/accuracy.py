@@ -133,10 +133,10 @@ def of_mask(temperature: float) -> Callable[..., tuple[Tensor, list[Tensor]]]:
         spreads = (x.flatten(1).amax(1) - x.flatten(1).amin(1) for x in inputs)
         factor = (1 + sum(spreads) / temperature)[:, None]
         mask, size = value.flatten(1), cotangent.flatten(1).abs()
+        mask = mask.clamp_min(1.2e-38 * mask.shape[1])
         slope = mask * (size + (mask * size).mean(1, keepdim=True)) / temperature
         slope = (factor * slope).reshape(value.shape)
-        normal = mask.clamp_min(1.2e-38 * mask.shape[1])
-        return (factor * normal).reshape(value.shape), [slope, slope]
+        return (factor * mask).reshape(value.shape), [slope, slope]
 
     return scales
 

@@ -116,7 +116,8 @@ def attention_mask(
     Accuracy:
         Value within 1e-6, gradients within 1e-6, relative to (1 + s) times each element and times
         the same sums of absolute values; s is the largest minus the smallest element of one map
-        plus that of the other, over T. NaN at the worst where s or a map passes 1e38.
+        plus that of the other, over T. An element below 1.2e-38 n, which underflows, counts as
+        that. NaN at the worst where s or a map passes 1e38.
 
     Raises:
         TypeError: a map is no floating-point tensor, or `temperature` no number.
