@@ -54,7 +54,7 @@ from tqdm import tqdm
 import featkd
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, levels_of
+from detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, tapped
 from scenes import SIZE, Scenes
 from training import (
     MASK_METRICS,
@@ -448,7 +448,8 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
         folder / f"{teacher_of(run).name}.pt", map_location="cpu", weights_only=True
     )
     teacher.load_state_dict(weights)
-    layers, channels = tapped(run, student, teacher)
+    taps = run.hyperparameters.get("taps", "stages")
+    layers, channels = tapped(student, teacher, taps, SIZE)
     settings = dict(run.hyperparameters)
     if run.method == "featkd":
         settings["steps"] = run.steps
@@ -464,21 +465,6 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
         }
     teacher.to(device)
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
-
-
-def tapped(
-    run: Run, student: nn.Module, teacher: nn.Module
-) -> tuple[dict[str, tuple[str, str]], list[dict[str, int]]]:
-    """The levels' paths in both models, and both models' channels."""
-    if run.hyperparameters.get("taps") == "fpn":
-        paths = {f"p{i}": f"backbone[{i}]" for i, _ in enumerate(levels_of(student))}
-        channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
-        return {level: (path, path) for level, path in paths.items()}, channels
-    match = featkd.match_layers(student, teacher, [torch.zeros(3, SIZE, SIZE)])
-    stages = levels_of(student)
-    layers = {level: paths for level, paths in match.layers.items() if paths[0] in stages}
-    sides = (match.student_channels, match.teacher_channels)
-    return layers, [{level: side[level] for level in layers} for side in sides]
 
 
 def ahead_of_last_relu(model: nn.Module, path: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from measure import RESULTS, provenance
-from study import MAIN, Run, Teacher, levels_of, new_detector, plain_run, scenes, teacher_of
+from study import MAIN, Run, Teacher, new_detector, plain_run, scenes, teacher_of
 from study_tables import table
 from study_variants import centred
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from torchmetrics.functional.classification import binary_auroc
 from training import collate, to_device
 
 import featkd
+
+# `study` has put the examples on the path.
+from detectors import fpn_outputs, levels_of  # isort: skip
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 MAPS = {
@@ -96,9 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for detector in DETECTORS:
         run = teacher_of(replace(plain_run(detector, 0, MAIN), teacher=Teacher()))
         teacher = trained_teacher(run, options.output)
-        stages = list(levels_of(teacher))
-        outputs = [f"backbone[{index}]" for index, _ in enumerate(stages)]
-        found[detector] = measured(teacher, stages + outputs, data)
+        paths = [*levels_of(teacher), *fpn_outputs(teacher).values()]
+        found[detector] = measured(teacher, paths, data)
         for layer, values in found[detector].items():
             body.append((detector, layer, *(f"{values[name]:.2f}" for name in COLUMNS)))
     content = {"provenance": provenance(torch.device("cpu")), "taps": found}

@@ -27,7 +27,10 @@ from measure import RESULTS, provenance
 from study import (
     CANDIDATES,
     COLUMNS,
+    FPN,
+    LOSES_AT_FPN,
     LOSSES,
+    NEEDS_RELU,
     Line,
     Run,
     Teacher,
@@ -55,6 +58,7 @@ import featkd
 
 # `study` has put the examples on the path.
 from coco import CocoError, has_area, read_annotations  # isort: skip
+from detectors import fpn_outputs, levels_of  # isort: skip
 from training import (  # isort: skip
     Alone,
     Curve,
@@ -104,12 +108,16 @@ DETECTORS = {
     "maskrcnn_resnet50_fpn": Detector(0.02, "maskrcnn_resnet50_fpn_v2", featkd.TWO_STAGE),
 }
 TEACHERS = [name for name in list_models(module=detection) if "resnet50_fpn" in name]
-# The baselines' weights lie within the range of `study.py`: nothing here is tuned on COCO.
+# The baselines' weights lie within the range of `study.py`: nothing here is tuned on COCO. Taps
+# too are those of the small study.
 METHODS = {
     "none": {},
     "printed": {},
-    **{method: candidates[1] for method, candidates in CANDIDATES.items()},
-    "featkd": settings_of(featkd.NORMALIZED),
+    **{
+        method: candidates[1] | ({} if method in LOSES_AT_FPN | NEEDS_RELU else FPN)
+        for method, candidates in CANDIDATES.items()
+    },
+    "featkd": settings_of(featkd.FPN_OUTPUTS) | FPN,
 }
 
 
@@ -239,25 +247,36 @@ def new_model(run: Run, classes: int, device: torch.device) -> nn.Module:
     if run.method == "none":
         return Alone(student)
     teacher = new_detector(run.teacher.shape, run.teacher.seed, classes, size).to(device)
-    loss = new_loss(run, student)
-    layers = {level: (path, path) for level, path in LAYERS.items()}
+    layers, channels = LAYERS, CHANNELS
+    if run.hyperparameters.get("taps") == "fpn":
+        layers = at_fpn(student)
+        channels = dict.fromkeys(layers, student.backbone.out_channels)
+    loss = new_loss(run, student, channels)
+    pairs = {level: (path, path) for level, path in layers.items()}
     if run.method == "overhaul":
-        layers = {
+        pairs = {
             level: tuple(ahead_of_last_relu(model, path) for model in (student, teacher))
-            for level, path in LAYERS.items()
+            for level, path in layers.items()
         }
-    return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
+    return featkd.Distiller(student, teacher, loss, pairs, shared_input="backbone")
 
 
-def new_loss(run: Run, student: nn.Module) -> nn.Module:
-    settings = run.hyperparameters
+def at_fpn(model: nn.Module) -> dict[str, str]:
+    """The outputs of the strides of `LAYERS`; an R-CNN's FPN has a finer one."""
+    outputs = dict(zip(levels_of(model), fpn_outputs(model).values(), strict=True))
+    return {level: outputs[path] for level, path in LAYERS.items()}
+
+
+def new_loss(run: Run, student: nn.Module, channels: dict[str, int]) -> nn.Module:
+    settings = dict(run.hyperparameters)
     if run.method == "featkd":
-        return LOSSES["featkd"](CHANNELS, CHANNELS, steps=run.steps, **settings)
+        return LOSSES["featkd"](channels, channels, steps=run.steps, **settings)
+    settings.pop("taps", None)
     if run.method == "fgfi":
-        loss = FineGrainedImitation(CHANNELS, CHANNELS, anchor_sizes=ANCHOR_SIZES, **settings)
+        loss = FineGrainedImitation(channels, channels, anchor_sizes=ANCHOR_SIZES, **settings)
         loss.watch(student)
         return loss
-    return LOSSES[run.method](CHANNELS, CHANNELS, **settings)
+    return LOSSES[run.method](channels, channels, **settings)
 
 
 def rate(step: int, steps: int) -> float:

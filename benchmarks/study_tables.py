@@ -20,7 +20,7 @@ import featkd
 
 Line = dict[str, Any]
 PLAIN, OURS = "none", "featkd"
-VARIANTS = dict.fromkeys(NAMES, "") | {"taps": "backbone"}
+VARIANTS = dict.fromkeys(NAMES, "") | {"taps": "stages"}
 DEFAULTS = VARIANTS | {
     each.name: each.default
     for each in fields(featkd.Hyperparameters)
@@ -96,7 +96,7 @@ def facts(line: Line) -> dict[str, Any]:
     """What a cell may differ in beside detector and method."""
     shapes = {"student": line["student"], "teacher": line["teacher"] and line["teacher"]["shape"]}
     # A line leaves out what is at its default.
-    settings = {"taps": "backbone"} | line["hyperparameters"]
+    settings = {"taps": "stages"} | line["hyperparameters"]
     if line["method"] == OURS:
         hyperparameters, variants = split(settings)
         settings = asdict(hyperparameters) | VARIANTS | variants

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, RegNet, detection
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
@@ -17,11 +18,13 @@ from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
+import featkd
+
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
 # Compact too; its targets hold masks.
 MASK_RCNN = "mask_rcnn"
 STOCK = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
-# What is distilled: the stages of a ResNet that enter the FPN. See `levels_of` for others.
+# The stages of a compact ResNet that enter the FPN. See `levels_of` for others.
 LEVELS = ("backbone.body.layer2", "backbone.body.layer3", "backbone.body.layer4")
 
 # Width of the first stage, blocks a stage, and channels of the FPN and the heads.
@@ -92,6 +95,29 @@ def compact_backbone(shape: str | Shape) -> BackboneWithFPN:
 def levels_of(model: nn.Module) -> list[str]:
     """The paths of the stages that enter the FPN."""
     return [f"backbone.body.{stage}" for stage in model.backbone.body.return_layers]
+
+
+def fpn_outputs(model: nn.Module) -> dict[str, str]:
+    """The paths of what the FPN puts out for those stages."""
+    return {f"p{i}": f"backbone[{i}]" for i, _ in enumerate(levels_of(model))}
+
+
+def tapped(
+    student: nn.Module, teacher: nn.Module, taps: str, size: int
+) -> tuple[dict[str, tuple[str, str]], list[dict[str, int]]]:
+    """The levels' paths in both models, and both models' channels.
+
+    `taps` is `"fpn"`, or `"stages"` for what enters the FPN.
+    """
+    if taps == "fpn":
+        paths = fpn_outputs(student)
+        channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
+        return {level: (path, path) for level, path in paths.items()}, channels
+    match = featkd.match_layers(student, teacher, [torch.zeros(3, size, size)])
+    stages = levels_of(student)
+    layers = {level: paths for level, paths in match.layers.items() if paths[0] in stages}
+    sides = (match.student_channels, match.teacher_channels)
+    return layers, [{level: side[level] for level in layers} for side in sides]
 
 
 class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):

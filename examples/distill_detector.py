@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from coco import CocoError, CocoFolder
-from detectors import COMPACT, LEVELS, STOCK, build
+from detectors import COMPACT, STOCK, build, tapped
 from report import write_report
 from scenes import Scenes
 from torch import nn
@@ -36,6 +36,7 @@ from training import (
 import featkd
 
 PRESETS = {
+    "fpn_outputs": featkd.FPN_OUTPUTS,
     "normalized": featkd.NORMALIZED,
     "two_stage": featkd.TWO_STAGE,
     "one_stage": featkd.ONE_STAGE,
@@ -61,7 +62,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--detector", choices=(*COMPACT, *STOCK), default="fcos")
-    add("--preset", choices=PRESETS, default="normalized", help="weights of the distillation loss")
+    add("--preset", choices=PRESETS, default="fpn_outputs", help="the distillation loss's weights")
+    add("--taps", choices=("fpn", "stages"), default="fpn", help="the FPN's outputs or its inputs")
     add("--data", choices=("scenes", "coco"), default="scenes")
     add("--images", type=Path, help="coco: folder of the training images")
     add("--annotations", type=Path, help="coco: annotation file of the training images")
@@ -155,15 +157,8 @@ def new_detector(options: argparse.Namespace, role: str, classes: int) -> nn.Mod
 def new_distiller(
     options: argparse.Namespace, student: nn.Module, teacher: nn.Module
 ) -> featkd.Distiller:
-    images = [torch.zeros(3, options.size, options.size)]
-    match = featkd.match_layers(student, teacher, images)
-    levels = {level: pair for level, pair in match.pairs.items() if pair[0].path in LEVELS}
-    loss = featkd.FeatureDistillationLoss(
-        {level: ours.channels for level, (ours, _) in levels.items()},
-        {level: theirs.channels for level, (_, theirs) in levels.items()},
-        hyperparameters=PRESETS[options.preset],
-    )
-    layers = {level: match.layers[level] for level in levels}
+    layers, channels = tapped(student, teacher, options.taps, options.size)
+    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=PRESETS[options.preset])
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
 
 

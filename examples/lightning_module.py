@@ -17,9 +17,9 @@ def build_distiller() -> featkd.Distiller:
     # Load your trained teacher here; random, its small features make the distillation loss large.
     teacher = build("faster_rcnn", "teacher", len(Scenes.classes), SIZE)
     student = build("faster_rcnn", "student", len(Scenes.classes), SIZE)
-    layers = {"layer2": "backbone.body.layer2", "layer3": "backbone.body.layer3"}
-    channels = {"layer2": 8, "layer3": 16}, {"layer2": 48, "layer3": 96}
-    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.NORMALIZED)
+    layers = {"p2": "backbone[0]", "p3": "backbone[1]", "p4": "backbone[2]"}  # the FPN's outputs
+    channels = dict.fromkeys(layers, 32), dict.fromkeys(layers, 64)
+    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.FPN_OUTPUTS)
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torchvision
-from detectors import LEVELS
+from detectors import LEVELS, fpn_outputs
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -21,7 +21,7 @@ from training import METRICS, Curve, collate
 import featkd
 
 TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
-TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
+TEMPERATURES = (0.5, 1.0, 4.0, 16.0)
 COLOURS = {"teacher": "tab:gray", "plain": "tab:blue", "distilled": "tab:orange"}
 
 
@@ -52,7 +52,8 @@ def write_report(
     folder: Path = options.output
     images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])
     plot_curves(runs, folder / "curves.png")
-    plot_attention(models, images[0], device, folder / "attention.png")
+    path = fpn_outputs(models["teacher"])["p0"] if options.taps == "fpn" else LEVELS[0]
+    plot_attention(models, images[0], path, device, folder / "attention.png")
     plot_detections(models, images, targets, classes, device, folder / "detections.png")
     results = {
         "options": {k: str(v) for k, v in vars(options).items()},
@@ -92,10 +93,9 @@ def plot_curves(runs: dict[str, Curve], file: Path) -> None:
 
 @torch.no_grad()
 def plot_attention(
-    models: dict[str, nn.Module], image: Tensor, device: torch.device, file: Path
+    models: dict[str, nn.Module], image: Tensor, path: str, device: torch.device, file: Path
 ) -> None:
     """Each model's spatial attention mask over an image, sharper from right to left (figure 4)."""
-    path = LEVELS[0]
     columns = 1 + len(TEMPERATURES)
     figure, axes = plt.subplots(
         len(models), columns, figsize=(2.2 * columns, 2.2 * len(models)), layout="constrained"

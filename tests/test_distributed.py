@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 WORLD = 2
 # RetinaNet's own losses are means over the images, so that they too agree; 5 images are 3 and 2.
 OPTIONS = distill_detector.parse(
-    ["--detector", "retinanet", "--preset", "two_stage", "--batch-size", "5"]
+    ["--detector=retinanet", "--preset=two_stage", "--taps=stages", "--batch-size=5"]
 )
 SETTINGS = training.Settings(
     batch_size=OPTIONS.batch_size,

@@ -79,6 +79,26 @@ def test_the_job_leaves_pictures_and_results(finished: Path) -> None:
     assert set(results["runs"]["plain"]["distillation"]) == {0}
 
 
+@pytest.mark.parametrize("taps", ["fpn", "stages"])
+@pytest.mark.parametrize("detector", ["fcos", "fasterrcnn_resnet50_fpn"])
+def test_what_enters_or_leaves_the_fpn_is_distilled(detector: str, taps: str) -> None:
+    from detectors import levels_of, tapped
+    from distill_detector import new_detector, new_distiller, parse
+
+    options = parse(["--detector", detector, "--taps", taps, "--size", "96"])
+    student, teacher = (new_detector(options, role, 5) for role in ("student", "teacher"))
+    stages = levels_of(student)
+    paths = stages if taps == "stages" else [f"backbone[{i}]" for i, _ in enumerate(stages)]
+    layers, _ = tapped(student, teacher, taps, 96)
+    assert list(layers.values()) == list(zip(paths, paths, strict=True))
+    distiller = new_distiller(options, student, teacher)
+    assert distiller.loss.channels.keys() == layers.keys()
+    image = [torch.rand(3, 96, 96)]
+    target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.tensor([1])}
+    _, losses = distiller(image, [target])
+    assert losses["attention_masked"] > 0
+
+
 @pytest.mark.slow
 def test_a_broken_job_resumes_to_the_same_result(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -279,6 +279,15 @@ def small_run(method: str, detector: str = "retinanet_resnet50_fpn") -> study_co
     return replace(plain, teacher=teacher, method=method, hyperparameters=settings)
 
 
+@pytest.mark.parametrize("detector", study_coco.DETECTORS)
+def test_the_fpn_s_outputs_of_the_same_strides_are_distilled(detector: str) -> None:
+    model = study_coco.new_model(small_run("featkd", detector), 7, CPU)
+    first = 1 if "rcnn" in detector else 0
+    expected = [f"backbone[{i}]" for i in range(first, first + 3)]
+    assert list(study_coco.at_fpn(model.student).values()) == expected
+    assert model.loss.channels == dict.fromkeys(study_coco.LAYERS, (256, 256))
+
+
 @pytest.mark.slow
 def test_every_method_has_gradients_at_every_level_of_the_same_student(coco: Path) -> None:
     data = study_coco.CocoSplit(coco, "train2017")
