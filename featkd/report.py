@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._preserve import preserved
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("featkd")
 OUT_OF_SCALE = 100.0
+NO_DETECTOR_LOSS = (
+    "The detector's loss is not known: the student's output says none (torchvision's detectors do "
+    "so in training mode alone)."
+)
 
 
 class Step(NamedTuple):
@@ -78,7 +83,8 @@ class Report:
             if term is not None:
                 share = "-" if term.loss_share is None else f"{term.loss_share:.2%}"
                 rows.append((term.name, f"{term.value:.4g}", share, f"{term.gradient_share:.2%}"))
-        return f"{_level_table(self.levels)}\n\n{table(rows)}"
+        notes = [] if self.detector else [NO_DETECTOR_LOSS]
+        return "\n\n".join([_level_table(self.levels), table(rows), *notes])
 
 
 def make_report(
@@ -112,7 +118,12 @@ def make_report(
 
 
 def introduce(distiller: Distiller, step: Step) -> None:
-    """Logs the levels, and what is out of scale: what a report would say and need no backward."""
+    """Logs the levels, and what is out of scale: what a report would say and need no backward.
+
+    Of several processes the first alone speaks.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("Distilling\n%s", _level_table(tuple(_levels(distiller, step))))
     if not LOGGER.isEnabledFor(logging.WARNING):

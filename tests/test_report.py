@@ -98,6 +98,7 @@ def test_without_a_known_loss_of_the_detector_the_terms_are_compared_with_each_o
     assert report.detector is None
     assert all(term.loss_share is None for term in report.terms)
     assert sum(term.gradient_share for term in report.terms) == pytest.approx(1.0)
+    assert str(report).endswith("in training mode alone).")
 
 
 def test_a_report_is_frozen():
@@ -351,6 +352,15 @@ def test_the_first_training_step_logs_the_levels_once(caplog):
     (text,) = messages(caplog, logging.INFO)
     assert str(distiller.report(images())).split("\n\n")[0] in text
     assert len(caplog.records) == 1
+
+
+def test_of_several_processes_the_first_alone_logs(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "featkd")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        make(Student(scale=1e-4), MASKED)(images())
+        assert len(caplog.records) == (0 if rank else 2)
 
 
 def test_nothing_is_said_of_a_step_in_scale(capfd):
