@@ -388,6 +388,40 @@ OPEN = [
     ),
     with_terms(ALL_TERMS, "gamma") | {"relation": "tied"},
 ]
+# The open questions once more, where distillation gains: the FPN's outputs, on the reported seeds.
+CHOICES = [
+    TWO_STAGE_AT_FPN,
+    *(
+        settings_of(preset) | FPN
+        for preset in (
+            featkd.ONE_STAGE,
+            featkd.TWO_STAGE,
+            featkd.RELEASED_ONE_STAGE,
+            featkd.RELEASED_TWO_STAGE,
+        )
+    ),
+    # Masks that are even: all ones.
+    settings_of(TWO_STAGE, temperature=1e6) | FPN,
+    settings_of(TWO_STAGE, fusion="probabilities") | FPN,
+    settings_of(
+        TWO_STAGE,
+        reduction="norm",
+        **{name: getattr(TWO_STAGE, name) / sqrt(8) for name in TERMS},
+    )
+    | FPN,
+    settings_of(TWO_STAGE) | FPN | {"masks": "live"},
+    *(settings_of(TWO_STAGE, temperature=value) | FPN | SPREAD for value in (2.0, 4.0)),
+    *(TWO_STAGE_AT_FPN | {"schedule": name} for name in ("warm-up", "decay")),
+    # About the weight of 4e-3 at the levels' C H W, and at the teacher's norm.
+    with_terms(replace(TWO_STAGE, beta=0.4), "beta") | FPN | {"unit": "element"},
+    settings_of(BASE, beta=2.0, temperature=4.0) | FPN,
+    *(
+        with_terms(TWO_STAGE, "gamma", teacher_relation=of_teacher, residual=residual) | FPN
+        for of_teacher in ("fixed", "trained")
+        for residual in (False, True)
+    ),
+    with_terms(TWO_STAGE, "gamma") | FPN | {"relation": "tied"},
+]
 TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
 
 # From the lines so far to the runs.
@@ -401,6 +435,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "relations": secondary_runs(RELATIONS),
     "attention": secondary_runs(ATTENTION),
     "sensitivity": secondary_runs(SENSITIVITY),
+    "choices": secondary_runs(CHOICES),
     "teachers": secondary_runs([TWO_STAGE_AT_FPN], TEACHERS),
     "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
