@@ -31,7 +31,9 @@ def inline_math(html: HTML5Translator, node: nodes.math) -> None:
 
 
 def block_math(html: HTML5Translator, node: nodes.math_block) -> None:
-    html.body.append(tex2mathml(node.astext(), as_block=True))
+    # The theme's box around it cuts off what a browser lets stand out above or below.
+    formula = tex2mathml(node.astext(), as_block=True)
+    html.body.append(formula.replace("<math ", '<math style="padding-block: 0.6em" ', 1))
     raise nodes.SkipNode
 
 
