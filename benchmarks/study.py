@@ -422,7 +422,10 @@ CHOICES = [
     ),
     with_terms(TWO_STAGE, "gamma") | FPN | {"relation": "tied"},
 ]
-TEACHERS = [Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)]
+TEACHERS = [
+    *(Teacher(steps=steps) for steps in (250, 500)),
+    *(Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)),
+]
 
 # From the lines so far to the runs.
 TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {

@@ -105,6 +105,8 @@ def facts(line: Line) -> dict[str, Any]:
         for name, shape in shapes.items()
         if shape
     }
+    if line["teacher"]:
+        shown["teacher"] += f" of {line['teacher']['steps']} steps"
     return shown | settings
 
 

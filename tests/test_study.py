@@ -422,8 +422,11 @@ def test_the_setting_says_what_differs_and_nothing_else() -> None:
     kinds = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
     assert found == [f"kind {kind}" for kind in kinds]
     wider = replace(DISTILLED, teacher=replace(DISTILLED.teacher, shape=(8, 1, 32)))
-    lines = seeds(DISTILLED, 0.5) + seeds(wider, 0.5)
-    assert [row.setting for row in study_tables.rows(lines)] == ["teacher 6-1-32", "teacher 8-1-32"]
+    longer = replace(DISTILLED, teacher=replace(DISTILLED.teacher, steps=3))
+    lines = seeds(DISTILLED, 0.5) + seeds(wider, 0.5) + seeds(longer, 0.5)
+    found = [row.setting for row in study_tables.rows(lines)]
+    teachers = ("6-1-32 of 2 steps", "8-1-32 of 2 steps", "6-1-32 of 3 steps")
+    assert found == [f"teacher {teacher}" for teacher in teachers]
 
 
 def test_a_setting_at_its_default_is_left_out_where_something_else_is_said() -> None:
