@@ -235,6 +235,29 @@ def test_a_tolerance_admits_a_loss_that_rounds_at_equality():
     testing.assert_zero_at_equality(angle, *pair(batch=50), tolerance=1e-14)
 
 
+def kl_divergence(student, teacher):
+    logits, target = (x.flatten(2) for x in (student, teacher.detach()))
+    pointwise = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), target.softmax(-1), reduction="none"
+    )
+    return pointwise.sum((1, 2)).mean()
+
+
+def cosine_distance(student, teacher):
+    return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=1).mean()
+
+
+@pytest.mark.parametrize("loss", [kl_divergence, cosine_distance])
+def test_a_loss_that_rounds_around_0_keeps_what_it_promises(loss):
+    properties = [
+        testing.assert_non_negative,
+        testing.assert_finite_gradient_at_equality,
+        testing.assert_gradient_matches_finite_differences,
+        testing.assert_descends,
+    ]
+    testing.check(loss, properties, settings=settings(DETERMINISTIC, max_examples=100))
+
+
 def test_a_gradient_of_0_need_not_descend():
     testing.assert_descends(l2, *[pair()[0]] * 2)
 
@@ -320,9 +343,39 @@ def test_check_names_the_property_under_which_a_loss_fails():
             raise RuntimeError("too wide")
         return l2(student, teacher)
 
-    first, student, _ = message(narrow, functools.partial(testing.assert_non_negative))
-    assert first == "assert_non_negative: the loss must not fail, got RuntimeError: too wide"
+    def given_three_channels(loss, student, teacher):
+        narrow(student.repeat(1, 3, 1, 1), teacher)
+
+    first, student, _ = message(l2, functools.partial(given_three_channels))
+    assert first == "given_three_channels: the loss must not fail, got RuntimeError: too wide"
+    assert student == "  student: float64 (1, 1, 1, 2) [0, 0]"
+
+
+def test_check_reports_a_loss_that_fails_once_with_its_cause():
+    def narrow(student, teacher):
+        if student.shape[1] > 2:
+            raise RuntimeError("too wide")
+        return l2(student, teacher)
+
+    with pytest.raises(AssertionError) as error:
+        testing.check(narrow, settings=DETERMINISTIC)
+    first, student, _ = str(error.value).splitlines()
+    assert first == "check: the loss must not fail, got RuntimeError: too wide"
     assert student == "  student: float64 (1, 3, 1, 2) [0, 0, 0, 0, 0, 0]"
+    assert str(error.value.__cause__) == "too wide"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, t: l2(torch.nn.functional.dropout(s), t),
+        lambda s, t: l2(s, t) * (1 + torch.rand(())),
+    ],
+    ids=["dropout", "factor"],
+)
+def test_check_says_that_a_loss_is_random(loss):
+    first, *_ = message(loss, *testing.DISTANCE)
+    assert first.startswith("check: the loss must give one value for one pair, got ")
 
 
 def test_check_takes_properties_of_your_own():

@@ -57,6 +57,12 @@ def size_of(loss: Loss, student: Tensor, teacher: Tensor) -> float:
     return _largest(value_of(loss, student, -2 * teacher))
 
 
+def rounding(value: Tensor, size: float) -> float:
+    """What a loss that ought to be 0 may be off by: a few last digits of `size`, or of numbers near
+    1 on the way to it, such as a softmax's."""
+    return 8 * float(torch.finfo(value.dtype).eps) * max(1.0, size)
+
+
 def _largest(x: Tensor) -> float:
     return float(x.detach().double().nan_to_num(0, 0, 0).abs().max()) if x.numel() else 0.0
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import hypothesis
-from hypothesis.errors import NoSuchExample, UnsatisfiedAssumption
+import torch
+from hypothesis.errors import Flaky, NoSuchExample, UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from ._calls import Loss, Property, text
+from ._calls import Loss, Property, text, value_of
 from ._gradients import (
     assert_descends,
     assert_finite_gradient_at_equality,
@@ -47,6 +48,9 @@ DISTANCE: tuple[Property, ...] = (
 )
 
 
+_ONE_VALUE = "check: the loss must give one value for one pair"
+
+
 def check(
     loss: Loss,
     properties: Iterable[Property] = DISTANCE,
@@ -64,8 +68,9 @@ def check(
         settings: hypothesis's; `None` is the loaded profile, without its deadline.
 
     Raises:
-        AssertionError: a property does not hold, or the loss fails on a pair. The text names every
-            property that broke, what was found, and the smallest pair.
+        AssertionError: a property does not hold, or the loss fails on a pair, or differs from call
+            to call. The text names every property that broke, what was found, and the smallest
+            pair; the exception of a loss that fails is its cause.
 
     Example:
         >>> from featkd import non_local_loss
@@ -80,9 +85,20 @@ def check(
     if settings is None:
         settings = hypothesis.settings(deadline=None)
     pairs = feature_pairs() if pairs is None else pairs
-    found = [_counterexample(loss, holds, pairs, settings) for holds in properties]
-    if any(found):
-        raise AssertionError("\n".join(filter(None, found)))
+    # A loss that does not run, or differs from call to call, would break them all.
+    unusable = _counterexample(loss, _gives_one_value, pairs, settings)
+    found = [unusable] if unusable else []
+    if not unusable:
+        searched = (_counterexample(loss, holds, pairs, settings) for holds in properties)
+        found = [each for each in searched if each is not None]
+    if found:
+        raise AssertionError("\n".join(said for said, _ in found)) from found[-1][1]
+
+
+def _gives_one_value(loss: Loss, student: Tensor, teacher: Tensor) -> None:
+    once, again = (value_of(loss, student, teacher) for _ in range(2))
+    if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+        raise AssertionError(f"{_ONE_VALUE}, got {text(once)}, then {text(again)}.")
 
 
 def _require_arguments(
@@ -113,8 +129,9 @@ def _counterexample(
     holds: Property,
     pairs: SearchStrategy[tuple[Tensor, Tensor]],
     settings: hypothesis.settings,
-) -> str | None:
-    last = ""  # hypothesis runs the smallest pair last
+) -> tuple[str, Exception | None] | None:
+    """What broke with the smallest pair, and the exception of the loss where it was one."""
+    last: tuple[str, Exception | None] = ("", None)  # hypothesis runs the smallest pair last
 
     def breaks(pair: tuple[Tensor, Tensor]) -> bool:
         nonlocal last
@@ -126,19 +143,24 @@ def _counterexample(
         student, teacher = hypothesis.find(pairs, breaks, settings=settings)
     except NoSuchExample:
         return None
-    return f"{last}\n{_line('student', student)}\n{_line('teacher', teacher)}"
+    except Flaky:
+        return f"{_ONE_VALUE}, got a finding that did not come again: {last[0]}", None
+    return f"{last[0]}\n{_line('student', student)}\n{_line('teacher', teacher)}", last[1]
 
 
-def _finding(loss: Loss, holds: Property, pair: tuple[Tensor, Tensor]) -> str | None:
+def _finding(
+    loss: Loss, holds: Property, pair: tuple[Tensor, Tensor]
+) -> tuple[str, Exception | None] | None:
     try:
         holds(loss, *pair)
     except UnsatisfiedAssumption:
         raise
     except AssertionError as error:
-        return str(error)
+        return str(error), None
     except Exception as error:
         name = getattr(getattr(holds, "func", holds), "__name__", type(holds).__name__)
-        return f"{name}: the loss must not fail, got {type(error).__name__}: {error}"
+        name = "check" if holds is _gives_one_value else name
+        return f"{name}: the loss must not fail, got {type(error).__name__}: {error}", error
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._calls import Loss, gradient_of, require_arguments, text, value_of
+from ._calls import Loss, gradient_of, require_arguments, rounding, text, value_of
 
 
 def assert_finite_gradient_at_equality(loss: Loss, student: Tensor, teacher: Tensor) -> None:
@@ -106,6 +106,7 @@ def assert_gradient_matches_finite_differences(
         return
     found = float((gradient * direction).sum())
     slack = high - low + 10 * precision**2 * (size + float(value.double().abs().sum()) / step)
+    slack += rounding(value, 0.0) * (1 + 1 / step)
     if not low - slack <= found <= high + slack:
         raise AssertionError(
             f"{name}: the slope of the loss must be {(low + high) / 2:.6g}, "
@@ -137,12 +138,13 @@ def assert_descends(loss: Loss, student: Tensor, teacher: Tensor) -> None:
     require_arguments(loss, student, teacher)
     value, gradient = gradient_of(name, loss, student, teacher)
     before, largest = float(value.sum()), float(gradient.abs().max())
-    if largest == 0:
+    least = rounding(value, 0.0)
+    if largest <= least:
         return
     direction = gradient / largest
     size = _scale(student, teacher)
     slope = float((gradient * direction).sum())
-    if 1e-2 * size * slope < 100 * torch.finfo(value.dtype).eps * abs(before):
+    if 1e-2 * size * slope < max(100 * torch.finfo(value.dtype).eps * abs(before), least):
         return
     for step in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10):
         with torch.no_grad():

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .._checks import require_choice, require_number
-from ._calls import Loss, close, gradient_of, require_arguments, size_of, text, value_of
+from ._calls import (
+    Loss,
+    close,
+    gradient_of,
+    require_arguments,
+    rounding,
+    size_of,
+    text,
+    value_of,
+)
 from ._strategies import LAYOUTS
 
 
@@ -43,7 +52,7 @@ def assert_zero_at_equality(
 
 
 def assert_non_negative(loss: Loss, student: Tensor, teacher: Tensor) -> None:
-    r"""The loss is at least 0, and a number: :math:`L(S, T) \ge 0`.
+    r"""The loss is at least 0, up to rounding, and a number: :math:`L(S, T) \ge 0`.
 
     Raises:
         AssertionError: it is negative or NaN.
@@ -54,7 +63,7 @@ def assert_non_negative(loss: Loss, student: Tensor, teacher: Tensor) -> None:
     """
     require_arguments(loss, student, teacher)
     value = value_of(loss, student, teacher)
-    if not (value >= 0).all():
+    if not (value >= -rounding(value, size_of(loss, student, teacher))).all():
         raise AssertionError(
             f"assert_non_negative: the loss must be at least 0, got {text(value)}."
         )
