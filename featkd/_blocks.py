@@ -16,12 +16,16 @@ from torch.autograd import forward_ad
 _BLOCK_BYTES = 1 << 21
 
 
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def takes_closed_form() -> bool:
     """Reverse mode in eager does.
 
     The compiler fuses the plain formula; forward mode and the transforms of `torch.func` derive it.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or in_forward_mode():
         return False
     return not torch._C._are_functorch_transforms_active()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._blocks import map_blocks
+from ._blocks import in_forward_mode, map_blocks
 from ._precision import full_precision
 
 
@@ -16,6 +16,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """`softmax(scale * query key^T) value`; `(B, N, D), (B, M, D), (B, M, E) -> (B, N, E)`."""
     if torch.compiler.is_compiling():
         return _fused_attention(query, key, value, scale)
+    if in_forward_mode():  # the kernels have no such derivative
+        with full_precision(query):
+            return (scale * query @ key.mT).softmax(-1) @ value
     result: Tensor = _Attend.apply(query, key, value, scale)
     return result
 
@@ -69,7 +72,7 @@ class _Attend(torch.autograd.Function):
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`; O(N log N)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_forward_mode():
         return _prefix_sums(theta, phi, g)[1]
     result: Tensor = _RectifiedSums.apply(theta, phi, g)[1]
     return result
@@ -80,22 +83,25 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
 
     For each query these keys are the first few in the order of falling `phi`.
     """
-    falling, order = (-phi).sort(dim=1)
+    least = phi.detach().amin(1, keepdim=True)
+    # A key that no query sees is as well at the border, where its size costs the others no digits.
+    border = -torch.where(theta.isnan(), -torch.inf, theta).detach().amax(1, keepdim=True)
+    falling, order = (-torch.maximum(phi, border)).sort(dim=1)
     count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
-    # The sum theta + phi bears any shift; with centred keys the two terms below cancel least. The
-    # mean also carries a NaN to every query, as the double loop would.
-    centre = phi.detach().mean(1, keepdim=True)
-    theta, falling = theta + centre, falling + centre
+    # The sum theta + phi bears any shift; with centred keys the two terms below cancel least, by
+    # the median however far a few lie off.
+    centre = falling.detach()[:, falling.shape[1] // 2, None]
+    theta, falling = theta - centre, falling - centre
 
     def sums(block: slice) -> tuple[Tensor, Tensor]:
-        part = g[:, block]
+        part = g.narrow(1, block.start, block.stop - block.start)
         keys = part.gather(2, order[:, None].expand_as(part))
         prefixes = F.pad(keys.cumsum(2), (1, 0))
         moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))
         index = count[:, None].expand(-1, part.shape[1], -1)
         step = prefixes.gather(2, index)
-        # A NaN or inf in a key that no query takes is not hidden: 0 * NaN.
-        hidden = 0 * prefixes[..., -1:]
+        # A NaN or inf in a key that a query does not take is not hidden: 0 * NaN.
+        hidden = 0 * (prefixes[..., -1:] + least[..., None])
         return step, theta[:, None] * step + moments.gather(2, index) + hidden
 
     step, rectified = map_blocks(g, sums)

@@ -24,6 +24,16 @@ def require_module(name: str, module: object) -> None:
         )
 
 
+def require_apart(name: str, module: nn.Module, teacher: nn.Module) -> None:
+    """What is trained holds no weight or buffer of the teacher: training would change both."""
+    held = {id(value) for value in (*teacher.parameters(), *teacher.buffers())}
+    own = (*module.named_parameters(), *module.named_buffers())
+    shared = [path for path, value in own if id(value) in held]
+    if shared or module is teacher:
+        found = "the same module" if module is teacher else f"{shared[0]!r} in both"
+        raise ValueError(f"`teacher` must share no weights with `{name}`, got {found}.")
+
+
 def innermost(model: nn.Module) -> nn.Module:
     """The model itself, out of all its wrappers."""
     require_module("model", model)

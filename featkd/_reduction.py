@@ -39,8 +39,7 @@ def reduce_distances(distances: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return distances
     if reduction == "norm":
-        norm: Tensor = torch.linalg.vector_norm(distances)
-        return norm
+        return root(distances.square().sum())
     if reduction == "mean_square":
         distances = distances.square()
     total = distances.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ._checks import (
@@ -147,6 +148,7 @@ def attention_mask(
     require_choice("fusion", fusion, FUSIONS)
 
     dtype = compute_dtype(student_attention, teacher_attention)
+    temperature = max(temperature, torch.finfo(dtype).tiny)  # a smaller one would be 0 there
     # Each map less its largest element: no overflow, and what they have in common rounds away
     # nothing of their sum.
     flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))

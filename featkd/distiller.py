@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import require_callable, require_flag, require_losses
 from ._early_stop import left_early
-from ._paths import pair_of, require_module, resolve
+from ._paths import pair_of, require_apart, require_module, resolve
 from .distillation import FeatureDistillationLoss
 from .layouts import Convert, converts_by_side
 from .report import Report, Step, introduce, make_report
@@ -85,8 +85,8 @@ class Distiller(nn.Module):
         super().__init__()
         for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
             require_module(name, module)
-        if student is teacher:
-            raise ValueError("`teacher` must be another module than `student`, got the same.")
+        require_apart("student", student, teacher)
+        require_apart("loss", loss, teacher)
         if not isinstance(layers, Mapping):
             found = type(layers).__name__
             raise TypeError(f"`layers` must be a mapping from level to path, got {found}.")
@@ -250,7 +250,8 @@ class Distiller(nn.Module):
     ) -> None:
         teacher, part = self._teacher
         if shared is not None:
-            weight = next(teacher.parameters(), shared)
+            weights = (value for value in part.parameters() if value.is_floating_point())
+            weight = next(weights, shared)
             part(shared.to(weight.device, weight.dtype))
         elif self.teacher_forward is not None:
             self.teacher_forward(teacher, *args, **kwargs)

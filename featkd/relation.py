@@ -22,7 +22,7 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
-        (a second derivative builds their matrix).
+        (forward mode and a second derivative build their matrix).
 
     Accuracy:
         Value within 1e-5, gradients within 4e-5, relative to (1 + l) max_j \|g_j\| and to (1 + l)
@@ -151,8 +151,8 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     Accuracy:
         Value within 4e-7, gradients within 4e-6, relative to (\|theta_i\| + max \|phi\|) times the
-        mean of \|g\| and to the same for the gradients. Which keys a query sees is exact.
-        inf or NaN where a sum passes 3.4e38.
+        mean of \|g\| and to the same for the gradients. Which keys a query sees is exact, and keys
+        that no query sees are left out of max \|phi\|. inf or NaN where a sum passes 3.4e38.
 
     Raises:
         TypeError: an argument is no floating-point tensor.

@@ -320,6 +320,21 @@ def test_a_detector_that_resizes_at_random_gives_its_pixels_to_the_teachers_back
     assert not any(rest)
 
 
+def test_the_shared_input_comes_in_the_dtype_of_the_part_that_runs():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+            self.codes = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+            self.backbone = Net(6).backbone.bfloat16()
+
+    distiller = Distiller(Net(4), HeadFirst(), Seen(), LEVELS, shared_input="backbone")
+    ours, theirs = (Inputs(x.backbone) for x in (distiller.student, distiller.teacher))
+    distiller(images())
+    assert theirs[0].dtype == torch.bfloat16
+    assert torch.equal(theirs[0], ours[0].bfloat16())
+
+
 @pytest.mark.parametrize("wrap", [lambda teacher: teacher, AveragedModel], ids=["bare", "averaged"])
 def test_the_shared_input_runs_that_part_of_the_teacher_alone(wrap):
     teacher = Net(6)
@@ -933,6 +948,37 @@ def test_another_teacher_wants_another_distiller():
     distiller = make()
     with pytest.raises(AttributeError, match="make a new Distiller"):
         distiller.teacher = make().teacher
+
+
+def sharing(**parts):
+    """A distiller whose teacher has these submodules of the student's or the loss's."""
+    student, teacher, loss = Net(4), Net(4), distillation_loss(4, 4)
+    owner = {"student": student, "loss": loss}
+    for name, path in parts.items():
+        teacher.add_module("shared", owner[name].get_submodule(path))
+    return Distiller(student, teacher, loss, LEVELS)
+
+
+@pytest.mark.parametrize("path", ["", "backbone.c1"])
+def test_a_teacher_that_holds_the_student_or_a_part_of_it_is_an_error(path):
+    first = next(
+        f"{path}.{name}".lstrip(".") for name, _ in Net(4).get_submodule(path).named_parameters()
+    )
+    with pytest.raises(ValueError, match=f"share no weights with `student`, got '{first}' in both"):
+        sharing(student=path)
+
+
+def test_a_teacher_that_the_loss_trains_is_an_error():
+    with pytest.raises(ValueError, match="`teacher` must share no weights with `loss`"):
+        sharing(loss="attention_masked")
+
+
+def test_a_shared_buffer_is_an_error():
+    student, teacher = Net(4), Net(4)
+    for model in (student, teacher):
+        model.register_buffer("average", torch.zeros(1) if model is student else student.average)
+    with pytest.raises(ValueError, match="'average' in both"):
+        build(student, teacher)
 
 
 def test_a_loss_of_one_level_takes_any_name_for_it():

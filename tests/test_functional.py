@@ -302,7 +302,7 @@ def test_torch_func_gradient_of_each_sample(case):
         close(value, torch.autograd.grad(case(**image).sum(), student)[0][0])
 
 
-@each_loss
+@each_case
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own
 def test_torch_func_jvp_is_the_gradient_along_a_direction(case):
     tensors = case.inputs()
@@ -315,7 +315,7 @@ def test_torch_func_jvp_is_the_gradient_along_a_direction(case):
     close(actual, sum((g * t).sum() for g, t in zip(gradient, tangents, strict=True)))
 
 
-@each_loss
+@each_case
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own
 def test_dual_numbers_carry_the_gradient_along_a_direction(case):
     tensors = leaves(case.inputs())
@@ -359,8 +359,9 @@ def test_in_blocks_lower_precision_and_other_layouts_change_nothing(case):
 
 @each_case
 @torch_loops
-@pytest.mark.usefixtures("blocks_of_one")
-def test_in_blocks_gradients_can_be_batched(case):
+@pytest.mark.parametrize("block_bytes", [1, 1 << 21])
+def test_gradients_can_be_batched(case, block_bytes, monkeypatch):
+    monkeypatch.setattr(_blocks, "_BLOCK_BYTES", block_bytes)
     tensors = leaves(case.inputs())
     output = case(**tensors)
     weights = normal(3, *output.shape, seed=9)
@@ -402,6 +403,33 @@ def test_in_blocks_second_derivatives_are_those_of_one_block(case, monkeypatch):
         found.append(torch.autograd.grad(total, inputs, materialize_grads=True))
     for actual, expected in zip(*found, strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("far", [-1e4, -1e9, -3e38])
+def test_concatenation_in_float32_is_as_exact_beside_keys_that_no_query_sees(far):
+    """Padding, for one; the gradient of g is the same sum with queries and keys exchanged."""
+    theta, phi, g = normal(2, 1, 20, seed=1), normal(2, 1, 64, seed=2), normal(2, 3, 64, seed=3)
+    phi[..., ::4] = far
+    pairs = (theta[:, 0, :, None] + phi).relu()
+    exact = (pairs @ g.mT / 64).mT
+    close(functional.concatenation_relation(theta.float(), phi.float(), g.float()), exact, 1e-6)
+    theta, phi, g = phi, theta, normal(2, 3, 20, seed=4).float().requires_grad_()
+    weights = normal(2, 3, 64, seed=5)
+    relation = functional.concatenation_relation(theta.float(), phi.float(), g)
+    (actual,) = torch.autograd.grad(relation[..., 1:4].sum() + relation[..., 5:8].sum(), g)
+    chosen = torch.zeros_like(weights)
+    chosen[..., 1:4] = chosen[..., 5:8] = 1
+    close(actual, (pairs @ chosen.mT / 20).mT, 1e-6)
+
+
+@pytest.mark.parametrize("outlier", [-1e6, 1e6])
+def test_a_concatenation_s_key_far_off_costs_the_queries_that_do_not_see_it_no_digits(outlier):
+    theta, phi, g = normal(1, 1, 20, seed=1), normal(1, 1, 64, seed=2), normal(1, 3, 64, seed=3)
+    phi[..., 7], g[..., 7] = outlier, 0
+    theta[..., 0] = 2e6  # sees it, so that it is not at the border
+    exact = ((theta[:, 0, :, None] + phi).relu() @ g.mT / 64).mT
+    found = functional.concatenation_relation(theta.float(), phi.float(), g.float())
+    close(found[..., 1:], exact[..., 1:], 1e-6)
 
 
 def test_second_derivatives_of_the_concatenation_are_those_of_all_pairs():
@@ -606,6 +634,32 @@ def test_nan_and_inf_are_never_hidden(case, bad):
         assert not output[~expected.isfinite()].isfinite().any(), name
         if math.isnan(bad):
             assert output[expected.isnan()].isnan().all(), name
+
+
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46])
+def test_a_temperature_below_the_dtype_s_numbers_is_sharp_and_no_nan(temperature, fusion):
+    maps = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+    mask = functional.attention_mask(maps, maps, temperature=temperature, fusion=fusion)
+    close(mask, tensor([[1, 1, 1], [1.5, 0, 1.5]]), 1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functional.attention_transfer_loss,
+        functional.attention_masked_loss,
+        functional.non_local_loss,
+    ],
+)
+def test_second_derivatives_at_equality_are_finite(loss, reduction):
+    teacher = normal(2, 3, 2, 4)
+    student = teacher.clone().requires_grad_()
+    value = loss(student, teacher, reduction=reduction).sum()
+    (slope,) = torch.autograd.grad(value, student, create_graph=True)
+    (second,) = torch.autograd.grad((slope * normal(*slope.shape, seed=1)).sum(), student)
+    assert second.isfinite().all()
 
 
 @pytest.mark.parametrize("keys", [1, 2, 5, 12, 16, 40])
