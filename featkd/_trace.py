@@ -84,7 +84,7 @@ def trunk(root: Call, pixels: Shape) -> Iterator[Call]:
     def walk(call: Call) -> Generator[Call, None, bool]:
         """Whether the backbone goes on after this call."""
         nonlocal deepest
-        if len(call.taken_in) > 1:
+        if len(call.taken_in) > 1 or _pools_all(call):
             return False
         if call.path and len(call.put_out) == 1:
             after = stride_of(call.put_out[0], pixels)
@@ -106,6 +106,12 @@ def trunk(root: Call, pixels: Shape) -> Iterator[Call]:
     for call in root.inner:
         if not (yield from walk(call)):
             return
+
+
+def _pools_all(call: Call) -> bool:
+    """From more positions than a stride of 2 takes together to a single one."""
+    to_one = [shape[2:] for shape in call.put_out] == [(1, 1)]
+    return to_one and any(max(shape[2:]) > 2 for shape in call.taken_in)
 
 
 def first_maps(call: Call) -> Iterator[Shape]:

@@ -76,8 +76,8 @@ def require_channels(name: str, features: Tensor, channels: int) -> None:
     if len(shape) in (3, 4) and shape[-1] == channels != shape[1]:
         function = "from_tokens" if len(shape) == 3 else "from_channels_last"
         raise ValueError(
-            f"`{name}` must have the shape (B, {channels}, H, W), got {shape}, with the channels "
-            f"last: see `featkd.{function}` and the argument `convert` of taps and distillers."
+            f"`{name}` must have the shape (B, {channels}, H, W), got {shape}: if its channels "
+            f"come last, see `featkd.{function}` and the argument `convert` of taps and distillers."
         )
     require_feature_map(name, features)
     if shape[1] != channels:

@@ -39,21 +39,24 @@ def from_channels_last(features: Tensor) -> Tensor:
     return features.permute(0, 3, 1, 2)
 
 
-def from_tokens(tokens: Tensor, size: tuple[int, int], *, prefix: int = 0) -> Tensor:
+def from_tokens(
+    tokens: Tensor, size: tuple[int, int], *, prefix: int = 0, suffix: int = 0
+) -> Tensor:
     """Feature maps from the tokens of a vision transformer, row by row: `A[b, c, i, j]` is
     `tokens[b, prefix + i*W + j, c]`.
 
     Args:
-        tokens: `(B, prefix + H*W, C)`, any floating dtype.
+        tokens: `(B, prefix + H*W + suffix, C)`, any floating dtype.
         size: `(H, W)`: the image's height and width over the patch's.
         prefix: how many tokens in front belong to no position (class, registers).
+        suffix: how many behind (the detection tokens of YOLOS).
 
     Returns:
         `(B, C, H, W)`, a view.
 
     Raises:
-        TypeError: `tokens` is no floating-point tensor, or `size` or `prefix` not of its kind.
-        ValueError: `tokens` is not of shape `(B, prefix + H*W, C)`.
+        TypeError: `tokens` is no floating-point tensor, or another argument not of its kind.
+        ValueError: `tokens` is not of shape `(B, prefix + H*W + suffix, C)`.
 
     Example:
         >>> import torch
@@ -67,14 +70,17 @@ def from_tokens(tokens: Tensor, size: tuple[int, int], *, prefix: int = 0) -> Te
     require_count("size[0]", height)
     require_count("size[1]", width)
     require_count("prefix", prefix, least=0)
-    count = prefix + height * width
+    require_count("suffix", suffix, least=0)
+    positions = height * width
+    count = prefix + positions + suffix
     if tokens.dim() != 3 or tokens.shape[1] != count or tokens.shape[2] == 0:
         raise ValueError(
-            f"`tokens` must have the shape (B, {count}, C), {prefix} + {height} x {width} tokens, "
-            f"got {tuple(tokens.shape)}."
+            f"`tokens` must have the shape (B, {count}, C), {prefix} + {height} x {width} + "
+            f"{suffix} tokens (`prefix`, positions, `suffix`), got {tuple(tokens.shape)}."
         )
     images, _, channels = tokens.shape
-    return tokens[:, prefix:].transpose(1, 2).reshape(images, channels, height, width)
+    maps = tokens[:, prefix : prefix + positions]
+    return maps.transpose(1, 2).reshape(images, channels, height, width)
 
 
 def converts_by_side(convert: object, levels: Collection[str]) -> tuple[dict[str, Convert], ...]:

@@ -82,6 +82,8 @@ class LayerMatch:
                 raise TypeError(f"`levels` must be strings, got {type(level).__name__}.")
             if level not in self.pairs:
                 raise ValueError(f"`levels` must be among {list(self.pairs)}, got {level!r}.")
+        if not levels or len(set(levels)) < len(levels):
+            raise ValueError(f"`levels` must be at least one, each once, got {list(levels)}.")
         return replace(self, pairs={level: self.pairs[level] for level in levels})
 
     def __str__(self) -> str:
@@ -119,9 +121,10 @@ def match_layers(
     `(B, N, C)` are not listed, as their H x W is not known: see :func:`featkd.from_tokens`.
 
     The backbone is the sequence of modules that keep or halve their map, each one step whatever is
-    inside; it ends where the stride falls or where several maps go in or come out. A stage is the
-    last step at its stride, the outermost module of those that end with it. Only strides that both
-    models have are paired; nothing is paired by index.
+    inside; it ends where the stride falls, where several maps go in or come out, and where all
+    positions are pooled into one. A stage is the last step at its stride, the outermost module of
+    those that end with it. Only strides that both models have are paired; nothing is paired by
+    index.
 
     Args:
         student, teacher: the models.

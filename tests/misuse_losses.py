@@ -327,7 +327,7 @@ FUNCTIONS = [
     Row(
         "from_tokens",
         featkd.from_tokens,
-        {"tokens": TOKENS, "size": (3, 4), "prefix": 1},
+        {"tokens": TOKENS, "size": (3, 4), "prefix": 1, "suffix": 0},
         {
             "tokens": tensor(
                 TOKENS,
@@ -346,6 +346,12 @@ FUNCTIONS = [
                 Wrong("number", (0, 4), ValueError, ("`size[0]`", 0)),
                 Wrong("number", (3, -4), ValueError, ("`size[1]`", -4)),
                 Wrong("number", (4, 4), ValueError, ("4 x 4", tuple(TOKENS.shape))),
+            ],
+            "suffix": [
+                *count(least=0),
+                Wrong("no number", 1.0, TypeError),
+                Wrong("no number", False, TypeError),
+                Wrong("number", 2, ValueError, ("3 x 4 + 2", tuple(TOKENS.shape))),
             ],
             "prefix": [
                 *count(least=0),

@@ -195,8 +195,10 @@ TEXTS = {
     "`size[0]` must be at least 1, got 0.": lambda: featkd.from_tokens(MAP[0], (0, 4)),
     "`size[1]` must be at least 1, got 0.": lambda: featkd.from_tokens(MAP[0], (4, 0)),
     "`prefix` must be at least 0, got -1.": lambda: featkd.from_tokens(MAP[0], (2, 2), prefix=-1),
-    "`tokens` must have the shape (B, 2147483659, C), 2147483647 + 3 x 4 tokens, got (3, 4, 5).": (
-        lambda: featkd.from_tokens(MAP[0], (3, 4), prefix=2**31 - 1)
+    "`suffix` must be at least 0, got -1.": lambda: featkd.from_tokens(MAP[0], (2, 2), suffix=-1),
+    "`tokens` must have the shape (B, 2147483660, C), 2147483647 + 3 x 4 + 1 tokens (`prefix`, "
+    "positions, `suffix`), got (3, 4, 5).": (
+        lambda: featkd.from_tokens(MAP[0], (3, 4), prefix=2**31 - 1, suffix=1)
     ),
     "`convert` must be a mapping from level to function, got list.": lambda: CONVERT([abs]),
     "`convert` must name levels of ['c1'], got 'c2'.": lambda: CONVERT({"c2": abs}),
@@ -204,12 +206,12 @@ TEXTS = {
     "got None.": lambda: CONVERT({"c1": None}),
     "`convert['c1']` must be callable or None, got str.": lambda: CONVERT({"c1": (abs, "NHWC")}),
     # modules
-    "`student` must have the shape (B, 3, H, W), got (2, 4, 5, 3), with the channels last: see "
-    "`featkd.from_channels_last` and the argument `convert` of taps and distillers.": (
+    "`student` must have the shape (B, 3, H, W), got (2, 4, 5, 3): if its channels come last, "
+    "see `featkd.from_channels_last` and the argument `convert` of taps and distillers.": (
         lambda: TRANSFER(LAST, MAP)
     ),
-    "`teacher` must have the shape (B, 3, H, W), got (2, 20, 3), with the channels last: see "
-    "`featkd.from_tokens` and the argument `convert` of taps and distillers.": (
+    "`teacher` must have the shape (B, 3, H, W), got (2, 20, 3): if its channels come last, "
+    "see `featkd.from_tokens` and the argument `convert` of taps and distillers.": (
         lambda: TRANSFER(MAP, LAST.flatten(1, 2))
     ),
     "`student` must have the shape (B, 3, H, W), got (2, 7, 4, 5).": (

@@ -19,10 +19,12 @@ def test_channels_last_maps_are_read_element_by_element():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_tokens_are_read_row_by_row_behind_their_prefix(prefix):
-    tokens = torch.cat([normal(2, prefix, 5, seed=1), TOKENS], dim=1)
-    close(from_tokens(tokens, (3, 4), prefix=prefix), MAPS, 0.0)
-    close(from_tokens(tokens, [3, 4], prefix=prefix), MAPS, 0.0)
+@pytest.mark.parametrize("suffix", [0, 1, 5])
+def test_tokens_are_read_row_by_row_between_prefix_and_suffix(prefix, suffix):
+    around = normal(2, prefix, 5, seed=1), normal(2, suffix, 5, seed=2)
+    tokens = torch.cat([around[0], TOKENS, around[1]], dim=1)
+    close(from_tokens(tokens, (3, 4), prefix=prefix, suffix=suffix), MAPS, 0.0)
+    close(from_tokens(tokens, [3, 4], prefix=prefix, suffix=suffix), MAPS, 0.0)
 
 
 CALLS = {
@@ -100,7 +102,7 @@ MISUSE = {
     "another count": (
         ValueError,
         lambda: from_tokens(TOKENS, (3, 5), prefix=1),
-        "(B, 16, C), 1 + 3 x 5 tokens",
+        "(B, 16, C), 1 + 3 x 5 + 0 tokens",
     ),
     "the count that was found": (ValueError, lambda: from_tokens(TOKENS, (3, 5)), "(2, 12, 5)"),
     "a size that is no pair": (TypeError, lambda: from_tokens(TOKENS, 12), "`size`"),

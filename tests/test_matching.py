@@ -283,6 +283,18 @@ def test_the_backbone_ends_where_several_maps_go_in():
     assert match.layers == {"c1": ("c1", "c1"), "c2": ("c2", "c2")}
 
 
+@pytest.mark.model_zoo
+@pytest.mark.parametrize("size", [(64, 96), (96, 160), (224, 224)], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_a_classifier_s_pooling_is_no_stage(name, size):
+    import timm
+
+    classifier = timm.create_model(name, pretrained=False)
+    teacher = torchvision.models.resnet18(weights=None)
+    match = match_layers(classifier, teacher, torch.rand(1, 3, *size))
+    assert list(match.layers) == ["c1", "c2", "c3", "c4", "c5"]
+
+
 def test_the_text_is_a_table_of_the_pairs_and_of_both_models_layers():
     text = str(match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double()))
     pairs, student, teacher = (
@@ -434,3 +446,6 @@ def test_select_keeps_the_named_levels():
     assert match.select("c2").student == match.student
     with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
         match.select("c9")
+    for levels in ((), ("c2", "c2")):
+        with pytest.raises(ValueError, match="at least one, each once"):
+            match.select(*levels)

@@ -220,10 +220,6 @@ def hf_entry(
     )
 
 
-def without_detection_tokens(tokens: Tensor) -> Tensor:
-    return from_tokens(tokens[:, : -TRANSFORMER["num_queries"]], (4, 6), prefix=1)
-
-
 C5 = RESNET_CONFIG | {"out_features": ["stage4"]}
 C3_TO_C5 = {"out_features": ["stage2", "stage3", "stage4"]}
 RESNET_C3_TO_C5 = RESNET_CONFIG | C3_TO_C5
@@ -278,7 +274,10 @@ TRANSFORMERS = {
         {"first": "vit.encoder.layer.0", "c4": "vit.encoder.layer.1"},
         {"c4": "vit.embeddings.patch_embeddings.projection"},
         options={"labels": LABELS},
-        convert=dict.fromkeys(("first", "c4"), without_detection_tokens),
+        convert=dict.fromkeys(
+            ("first", "c4"),
+            partial(from_tokens, size=(4, 6), prefix=1, suffix=TRANSFORMER["num_queries"]),
+        ),
     ),
 }
 
