@@ -168,15 +168,17 @@ class Distiller(nn.Module):
     ) -> Report:
         """Runs one trial step and says what is tapped and what each term contributes.
 
-        Call it as the distiller itself, in training mode and before DDP or FSDP; no gradient,
-        buffer, mode or random number is changed. The detector's loss is known where the student's
-        output is a mapping of scalars, has a `.loss` or is a scalar. The gradients are those of the
-        student's parameters, one backward a term (which reentrant checkpointing refuses).
+        Warns of terms 100 times larger or smaller than the detector's loss, not finite, or without
+        a gradient. Call it as the distiller itself, in training mode and before DDP or FSDP; no
+        gradient, buffer, mode or random number is changed. The detector's loss is known where the
+        student's output is a mapping of scalars, has a `.loss` or is a scalar. The gradients are
+        those of the student's parameters, one backward a term (which reentrant checkpointing
+        refuses).
 
         Args:
             args, kwargs: a batch, as for the distiller.
-            optimizer: to be checked for the parameters that the loss trains. Warns of those that it
-                does not hold, and of terms 100 times larger or smaller than the detector's loss.
+            optimizer: to be checked for the parameters of student and adapters. Warns of those that
+                it does not hold.
 
         Returns:
             :class:`featkd.Report`; printed, a table.

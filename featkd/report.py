@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("featkd")
 OUT_OF_SCALE = 100.0
 NO_DETECTOR_LOSS = (
-    "The detector's loss is not known: the student's output says none (torchvision's detectors do "
-    "so in training mode alone)."
+    "The detector's loss is not known: the student returned none (torchvision's detectors return "
+    "theirs in training mode alone: `distiller.train()`)."
 )
 
 
@@ -76,6 +76,8 @@ class Report:
     terms: tuple[TermReport, ...]
     detector: TermReport | None
     """The student's own loss, where its output says it."""
+    warnings: tuple[str, ...] = ()
+    """What :meth:`featkd.Distiller.report` warned of."""
 
     def __str__(self) -> str:
         rows = [("term", "value", "of the loss", "of the gradient")]
@@ -84,21 +86,20 @@ class Report:
                 share = "-" if term.loss_share is None else f"{term.loss_share:.2%}"
                 rows.append((term.name, f"{term.value:.4g}", share, f"{term.gradient_share:.2%}"))
         notes = [] if self.detector else [NO_DETECTOR_LOSS]
+        notes += [f"Warning: {text}" for text in self.warnings]
         return "\n\n".join([_level_table(self.levels), table(rows), *notes])
 
 
 def make_report(
     distiller: Distiller, args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: object
 ) -> Report:
-    _warn_of_parameters_left_out(distiller.loss, optimizer)
+    said = list(_left_out(distiller, optimizer))
     with preserved(distiller, distiller.teacher), torch.enable_grad():
         step = distiller._step(args, kwargs)
         losses = {name: value.sum() for name, value in step.losses.items()}
         if any(value.is_meta for value in losses.values()):
             raise ValueError("`distiller` must hold values to report, got the meta device.")
         detector = detector_loss(step.output)
-        for text in _out_of_scale(losses, detector):
-            warnings.warn(text, stacklevel=3)
         named = [] if detector is None else [("detector", detector)]
         named += losses.items()
         trained = [value for value in distiller.student.parameters() if value.requires_grad]
@@ -114,7 +115,10 @@ def make_report(
         for (name, _), value, norm in zip(named, values, norms, strict=True)
     ]
     own = None if detector is None else terms.pop(0)
-    return Report(tuple(_levels(distiller, step)), tuple(terms), own)
+    said += [*_out_of_scale(losses, detector), *_without_effect(terms)]
+    for text in said:
+        warnings.warn(text, stacklevel=3)
+    return Report(tuple(_levels(distiller, step)), tuple(terms), own, tuple(said))
 
 
 def introduce(distiller: Distiller, step: Step) -> None:
@@ -157,6 +161,9 @@ def _out_of_scale(losses: Mapping[str, Tensor], detector: Tensor | None) -> Iter
     against = 0.0 if detector is None else abs(detector.item())
     for name, loss in losses.items():
         value = loss.item()
+        if not math.isfinite(value):
+            yield f"{name} is {value}: a step with it spoils every weight."
+            continue
         ratio = _ratio(abs(value), against)
         # A term without weight is exactly 0.
         if not (ratio >= OUT_OF_SCALE or 0 < ratio <= 1 / OUT_OF_SCALE):
@@ -170,7 +177,15 @@ def _out_of_scale(losses: Mapping[str, Tensor], detector: Tensor | None) -> Iter
         )
 
 
-def _warn_of_parameters_left_out(loss: nn.Module, optimizer: object) -> None:
+def _without_effect(terms: Sequence[TermReport]) -> Iterator[str]:
+    if not any(term.value for term in terms):
+        yield "the distillation loss is 0: nothing is distilled."
+    for term in terms:
+        if term.value and term.gradient_share == 0:
+            yield f"{term.name} has no gradient to the student's parameters, which it cannot train."
+
+
+def _left_out(distiller: nn.Module, optimizer: object) -> Iterator[str]:
     if optimizer is None:
         return
     groups = getattr(optimizer, "param_groups", None)
@@ -180,15 +195,14 @@ def _warn_of_parameters_left_out(loss: nn.Module, optimizer: object) -> None:
     held = {id(value) for group in groups for value in group["params"]}
     left_out = {
         name: value.numel()
-        for name, value in loss.named_parameters()
+        for name, value in distiller.named_parameters()
         if value.requires_grad and id(value) not in held
     }
     if left_out:
-        warnings.warn(
-            f"{sum(left_out.values()):,} adapter parameters in {len(left_out)} tensors (such as "
-            f"'loss.{next(iter(left_out))}') are in no param_group of the optimizer, and are not "
-            "trained: give it `distiller.parameters()`.",
-            stacklevel=4,
+        yield (
+            f"{sum(left_out.values()):,} parameters in {len(left_out)} tensors (such as "
+            f"{next(iter(left_out))!r}) are in no param_group of the optimizer, and are not "
+            "trained: give it `distiller.parameters()`."
         )
 
 

@@ -98,7 +98,7 @@ def test_without_a_known_loss_of_the_detector_the_terms_are_compared_with_each_o
     assert report.detector is None
     assert all(term.loss_share is None for term in report.terms)
     assert sum(term.gradient_share for term in report.terms) == pytest.approx(1.0)
-    assert str(report).endswith("in training mode alone).")
+    assert str(report).endswith("in training mode alone: `distiller.train()`).")
 
 
 def test_a_report_is_frozen():
@@ -268,11 +268,13 @@ def test_a_report_of_compiled_parts(part, fresh_compiler):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_adapters_that_no_optimizer_holds_are_warned_of(kind):
+def test_parameters_that_no_optimizer_holds_are_warned_of(kind):
     distiller = make()
     make_optimizer = getattr(torch.optim, kind)
-    with pytest.warns(UserWarning, match=r"[\d,]+ adapter parameters in \d+ tensors .*'loss\."):
+    with pytest.warns(UserWarning, match=r"[\d,]+ parameters in \d+ tensors .*'loss\."):
         distiller.report(images(), optimizer=make_optimizer(distiller.student.parameters(), 0.1))
+    with pytest.warns(UserWarning, match=r"[\d,]+ parameters in \d+ tensors .*'student\."):
+        distiller.report(images(), optimizer=make_optimizer(distiller.loss.parameters(), 0.1))
     distiller.report(images(), optimizer=make_optimizer(distiller.parameters(), 0.1))
 
 
@@ -281,7 +283,7 @@ def test_the_warning_counts_what_is_left_out():
     held, *left_out = [value for value in distiller.loss.parameters() if value.requires_grad]
     count = sum(value.numel() for value in left_out)
     groups = [{"params": distiller.student.parameters()}, {"params": [held]}]
-    with pytest.warns(UserWarning, match=f"^{count:,} adapter .* in {len(left_out)} tensors"):
+    with pytest.warns(UserWarning, match=f"^{count:,} parameters in {len(left_out)} tensors"):
         distiller.report(images(), optimizer=torch.optim.SGD(groups, 0.1))
 
 
@@ -303,11 +305,16 @@ def test_a_term_out_of_scale_is_warned_of_with_the_number_and_the_advice(scale, 
     assert warning.filename == __file__
 
 
+def with_value(x, value):
+    """This value, with the gradient of `x`."""
+    return x - x.detach() + value
+
+
 @pytest.mark.parametrize(("ratio", "said"), [(100.0, 1), (99.0, 0), (0.01, 1), (0.0101, 0)])
 def test_the_line_is_at_a_hundred(ratio, said):
     class Constant(nn.Module):
         def forward(self, student, teacher):
-            return {"term": 0 * student["c1"].sum() + 8.0 * ratio}
+            return {"term": with_value(student["c1"].sum(), 8.0 * ratio)}
 
     class Eight(Net):
         def forward(self, batch):
@@ -320,13 +327,34 @@ def test_the_line_is_at_a_hundred(ratio, said):
     assert len(caught) == said
 
 
-@pytest.mark.parametrize("value", [math.nan, 0.0])
-def test_no_ratio_is_said_of_what_has_none(value):
-    class Constant(nn.Module):
-        def forward(self, student, teacher):
-            return {"term": 0 * student["c1"].sum() + value}
+class Term(nn.Module):
+    """A loss that is this function of the student's features."""
 
-    Distiller(Student(), Net(6), Constant(), {"c1": "backbone.c1"}).report(images())
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, student, teacher):
+        return self.function(student["c1"])
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x: {"term": x.sum() * math.nan}, "term is nan: a step with it spoils"),
+        (lambda x: {"term": x.sum() * math.inf}, "term is inf: a step with it spoils"),
+        (lambda x: {"term": x.detach().square().mean()}, "term has no gradient to the student's"),
+        (lambda x: {"term": 0 * x.sum()}, "the distillation loss is 0: nothing is distilled."),
+        (lambda x: {}, "the distillation loss is 0: nothing is distilled."),
+    ],
+    ids=["NaN", "inf", "detached", "zero", "no term"],
+)
+def test_a_loss_that_trains_nothing_is_warned_of_and_the_report_says_so(function, text):
+    distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
+    with pytest.warns(UserWarning, match=f"^{text}") as caught:
+        report = distiller.report(images())
+    assert report.warnings == tuple(str(warning.message) for warning in caught)
+    assert str(report).endswith("".join(f"\n\nWarning: {said}" for said in report.warnings))
 
 
 def test_an_optimizer_of_another_kind_is_an_error():
