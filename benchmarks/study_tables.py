@@ -263,6 +263,18 @@ def comparison(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]])
     return compared("setting", list(others), found)
 
 
+def against_first(lines: Iterable[Line]) -> str:
+    """A table: AP of each featkd setting less that of the first, paired by seed."""
+    ours = [line for line in lines if line["method"] == OURS]
+    names = varying(ours)[OURS]
+    first, *others = cells(ours)
+    body = [
+        (setting(facts(cell[0]), names), interval(paired_gains(cell, first)).text("+"))
+        for cell in others
+    ]
+    return table([("setting", "AP less the first setting's"), *body])
+
+
 def compared(
     first: str, columns: Sequence[str], found: Iterable[tuple[str, Mapping[str, Interval | None]]]
 ) -> str:

@@ -439,6 +439,17 @@ def test_a_setting_at_its_default_is_left_out_where_something_else_is_said() -> 
     assert len(found) == len(study.PRESETS)
 
 
+def test_settings_are_compared_with_the_first_seed_by_seed() -> None:
+    first, sharper = (
+        replace(DISTILLED, hyperparameters=settings)
+        for settings in (study.TWO_STAGE_AT_FPN, study.CHOICES[2])
+    )
+    lines = seeds(PLAIN, 0.1, 0.2) + seeds(first, 0.3, 0.5) + seeds(sharper, 0.2, 0.2)
+    assert study_tables.against_first(lines).splitlines()[2:] == [
+        f"| TWO_STAGE | {study_tables.interval([-10, -30]).text('+')} |"
+    ]
+
+
 def test_the_comparison_is_paired_by_seed_and_detector() -> None:
     rival = replace(DISTILLED, method="pkd", hyperparameters={"weight": 1.0})
     fcos = seeds(PLAIN, 0.3, 0.4) + seeds(rival, 0.5, 0.5) + seeds(DISTILLED, 0.6, 0.6)
