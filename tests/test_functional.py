@@ -422,6 +422,16 @@ def test_concatenation_in_float32_is_as_exact_beside_keys_that_no_query_sees(far
     close(actual, (pairs @ chosen.mT / 20).mT, 1e-6)
 
 
+def test_a_concatenation_s_nan_query_costs_the_others_no_digits():
+    theta, phi, g = normal(1, 1, 20, seed=1), normal(1, 1, 64, seed=2), normal(1, 3, 64, seed=3)
+    phi[..., ::2] = -1e9
+    exact = ((theta[:, 0, :, None] + phi).relu() @ g.mT / 64).mT
+    theta[..., 0] = math.nan
+    found = functional.concatenation_relation(theta.float(), phi.float(), g.float())
+    assert found[..., 0].isnan().all()
+    close(found[..., 1:], exact[..., 1:], 1e-6)
+
+
 @pytest.mark.parametrize("outlier", [-1e6, 1e6])
 def test_a_concatenation_s_key_far_off_costs_the_queries_that_do_not_see_it_no_digits(outlier):
     theta, phi, g = normal(1, 1, 20, seed=1), normal(1, 1, 64, seed=2), normal(1, 3, 64, seed=3)
