@@ -148,7 +148,8 @@ def attention_mask(
     require_choice("fusion", fusion, FUSIONS)
 
     dtype = compute_dtype(student_attention, teacher_attention)
-    temperature = max(temperature, torch.finfo(dtype).tiny)  # a smaller one would be 0 there
+    # A smaller one would be 0 there, and torch takes no large integers.
+    temperature = max(float(temperature), torch.finfo(dtype).tiny)
     # Each map less its largest element: no overflow, and what they have in common rounds away
     # nothing of their sum.
     flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))

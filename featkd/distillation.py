@@ -188,7 +188,7 @@ class FeatureDistillationLoss(nn.Module):
             losses[_module_name(level)](*pair, **options.get(level, {}))
             for level, pair in pairs.items()
         ]
-        return weight * torch.stack(values).sum(0)
+        return float(weight) * torch.stack(values).sum(0)
 
     def _levels_of(self, name: str, features: Features) -> Mapping[str, Tensor]:
         if self.single:

@@ -87,7 +87,7 @@ def embedded_gaussian_relation(
     require_number("scale", scale)
     dtype = compute_dtype(theta, phi, g)
     query, key, value = (x.to(dtype).flatten(2).mT for x in (theta, phi, g))
-    return _at_positions(attend(query, key, value, scale).mT, theta)
+    return _at_positions(attend(query, key, value, float(scale)).mT, theta)
 
 
 def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:

@@ -654,6 +654,18 @@ def test_a_temperature_below_the_dtype_s_numbers_is_sharp_and_no_nan(temperature
     close(mask, tensor([[1, 1, 1], [1.5, 0, 1.5]]), 1e-6)
 
 
+def test_a_number_may_be_an_integer_of_any_size():
+    maps, size = torch.tensor([[1.0, 0.0, 2.0]]), 10**30
+    close(functional.attention_mask(maps, maps, temperature=size), torch.ones(1, 3), 1e-6)
+    relation = functional.embedded_gaussian_relation(*[maps[None]] * 3, scale=size)
+    close(relation, tensor([[[2, 1, 2]]]), 1e-6)
+    settings = featkd.Hyperparameters(size, 0, 0, temperature=size)
+    loss = featkd.FeatureDistillationLoss(3, 3, hyperparameters=settings)
+    features = torch.ones(1, 3, 2, 2)
+    expected = featkd.attention_transfer_loss(0 * features, features)
+    close(loss(0 * features, features)["attention_transfer"] / 1e30, expected, 1e-6)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
     "loss",
