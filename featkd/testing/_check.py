@@ -87,11 +87,9 @@ def check(
     pairs = feature_pairs() if pairs is None else pairs
     # A loss that does not run, or differs from call to call, would break them all.
     unusable = _counterexample(loss, _gives_one_value, pairs, settings)
-    found = [unusable] if unusable else []
-    if not unusable:
-        searched = (_counterexample(loss, holds, pairs, settings) for holds in properties)
-        found = [each for each in searched if each is not None]
-    if found:
+    others = () if unusable else properties
+    found = [unusable, *(_counterexample(loss, holds, pairs, settings) for holds in others)]
+    if found := [each for each in found if each is not None]:
         raise AssertionError("\n".join(said for said, _ in found)) from found[-1][1]
 
 
