@@ -2,7 +2,7 @@
 
 Written from the papers' formulas. "Paper" and "chosen" in a docstring say what is whose. For all:
 computed in at least float32, the teacher's features constant, adapters that start as featkd's do
-(`featkd/adapters.py`), the mean over images, the sum over levels.
+(`featkd/losses/_adapters.py`), the mean over images, the sum over levels.
 """
 
 import math
@@ -18,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import box_iou
 
-from featkd.adapters import Conv2d, prepare_pair
+from featkd.losses._adapters import Conv2d, prepare_pair
 
 Channels = Mapping[str, int]
 Features = Mapping[str, Tensor]

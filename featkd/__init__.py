@@ -1,7 +1,7 @@
 """Feature-distillation losses for object detectors: Zhang & Ma, ICLR 2021, in pure PyTorch."""
 
-from .attention import AttentionMask, ChannelAttention, SpatialAttention
-from .distillation import FeatureDistillationLoss
+from .losses.attention import AttentionMask, ChannelAttention, SpatialAttention
+from .losses.overall import FeatureDistillationLoss
 from .distiller import Distiller
 from .functional import (
     attention_mask,
@@ -15,7 +15,7 @@ from .functional import (
     non_local_loss,
     spatial_attention,
 )
-from .hyperparameters import (
+from .presets import (
     FPN_OUTPUTS,
     NORMALIZED,
     ONE_STAGE,
@@ -24,13 +24,13 @@ from .hyperparameters import (
     TWO_STAGE,
     Hyperparameters,
 )
-from .layouts import from_channels_last, from_tokens
-from .masked import AttentionMaskedLoss
+from .taps.layouts import from_channels_last, from_tokens
+from .losses.masked import AttentionMaskedLoss
 from .matching import Layer, LayerMatch, match_layers
-from .non_local import NonLocalLoss, NonLocalRelation
+from .losses.non_local import NonLocalLoss, NonLocalRelation
 from .report import Report
-from .taps import FeatureTap
-from .transfer import AttentionTransferLoss
+from .taps.tap import FeatureTap
+from .losses.transfer import AttentionTransferLoss
 
 __version__ = "0.1.0"
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import require_callable, require_flag, require_losses
-from ._early_stop import left_early
-from ._paths import pair_of, require_apart, require_module, resolve
-from .distillation import FeatureDistillationLoss
-from .layouts import Convert, converts_by_side
+from .taps.early_stop import left_early
+from .taps.paths import pair_of, require_apart, require_module, resolve
+from .losses.overall import FeatureDistillationLoss
+from .taps.layouts import Convert, converts_by_side
 from .report import Report, Step, introduce, make_report
-from .taps import FeatureTap
+from .taps.tap import FeatureTap
 
 
 class Distiller(nn.Module):

@@ -15,16 +15,16 @@ CUDA, where neither has been run yet, torch before 2.6 refuses the concatenation
 under it.
 """
 
-from .attention import attention_mask, channel_attention, spatial_attention
-from .masked import attention_masked_loss
-from .relation import (
+from .losses.attention import attention_mask, channel_attention, spatial_attention
+from .losses.masked import attention_masked_loss
+from .losses.relation import (
     concatenation_relation,
     dot_product_relation,
     embedded_gaussian_relation,
     gaussian_relation,
     non_local_loss,
 )
-from .transfer import attention_transfer_loss
+from .losses.transfer import attention_transfer_loss
 
 __all__ = [
     "attention_mask",

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ._text import table, times
-from ._trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
-from .layouts import Convert, from_channels_last
+from ._table import table, times
+from .taps.trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
+from .taps.layouts import Convert, from_channels_last
 
 
 @dataclass(frozen=True)

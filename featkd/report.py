@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._preserve import preserved
-from ._text import table, times
-from ._trace import Shape, maps_in, stride_of
-from .distillation import SINGLE_LEVEL, FeatureDistillationLoss, _module_name
+from ._table import table, times
+from .taps.trace import Shape, maps_in, stride_of
+from .losses.overall import SINGLE_LEVEL, FeatureDistillationLoss, _module_name
 
 if TYPE_CHECKING:
     from .distiller import Distiller

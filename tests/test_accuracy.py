@@ -95,7 +95,7 @@ def test_a_million_equal_differences_are_added_without_loss():
 @pytest.mark.parametrize("name", ["spatial_attention", "attention_transfer_loss"])
 def test_many_blocks_of_channels_are_added_by_pairs(name, monkeypatch):
     """One by one, 2,047 small channels behind a large one lose 1e-4."""
-    monkeypatch.setattr(featkd._blocks, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(featkd.losses._blocks, "_BLOCK_BYTES", 1)
     hold(name, "spike", (1, 2048, 1, 8))
 
 

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from featkd import Distiller, FeatureTap, from_tokens
-from featkd._early_stop import left_early
+from featkd.taps.early_stop import left_early
 
 
 def make(student=4, teacher=6, **options):

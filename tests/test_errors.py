@@ -12,7 +12,7 @@ from models import raises
 import featkd
 from featkd import functional as f
 from featkd._checks import require_losses
-from featkd.layouts import converts_by_side
+from featkd.taps.layouts import converts_by_side
 
 MAP = torch.ones(2, 3, 4, 5)
 OTHER_CHANNELS = torch.ones(2, 7, 4, 5)

@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import featkd
-from featkd import _blocks, functional
+from featkd import functional
+from featkd.losses import _blocks
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)

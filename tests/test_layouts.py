@@ -7,7 +7,7 @@ from models import raises
 
 import featkd
 from featkd import from_channels_last, from_tokens
-from featkd.layouts import converts_by_side
+from featkd.taps.layouts import converts_by_side
 
 MAPS = normal(2, 5, 3, 4)
 CHANNELS_LAST = MAPS.permute(0, 2, 3, 1).contiguous()

@@ -34,8 +34,8 @@ from featkd import (
     NonLocalRelation,
     SpatialAttention,
 )
-from featkd._means import MAPS, attention_maps
-from featkd.adapters import RESIZE_MODES, Conv2d, Linear
+from featkd.losses._means import MAPS, attention_maps
+from featkd.losses._adapters import RESIZE_MODES, Conv2d, Linear
 
 each_case = pytest.mark.parametrize("case", MODULE_CASES, ids=str)
 each_kind = pytest.mark.parametrize("kind", KINDS)

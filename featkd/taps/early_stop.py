@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ._hooks import ForwardLeft
-from .taps import FeatureTap
+from .hooks import ForwardLeft
+from .tap import FeatureTap
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled, takes_closed_form
-from ._precision import compute_dtype
+from ._numerics import compute_dtype
 from ._reduction import root
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._checks import require_choice
+from .._checks import require_choice
 
 Reduction = Literal["none", "mean", "sum", "norm", "mean_square"]
 REDUCTIONS = get_args(Reduction)  # torch 2.4 compiles no get_args

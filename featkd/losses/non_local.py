@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import require_choice, require_count, require_flag, require_same_device
+from .._checks import require_choice, require_count, require_flag, require_same_device
 from ._reduction import Reduction, norm_per_image, reduce_distances, relative_to, require_reduction
-from .adapters import (
+from ._adapters import (
     Conv2d,
     prepare_pair,
     require_channel_counts,

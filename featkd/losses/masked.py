@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
+from .._checks import (
     require_choice,
     require_feature_pair,
     require_flag,
@@ -27,7 +27,7 @@ from ._means import (
     require_maps,
 )
 from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
-from .adapters import (
+from ._adapters import (
     Conv2d,
     prepare_pair,
     require_channel_counts,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, takes_closed_form
-from ._checks import require_same_device, require_shape, require_tensor
-from ._precision import compute_dtype
+from .._checks import require_same_device, require_shape, require_tensor
+from ._numerics import compute_dtype
 
 Attention = Literal["both", "spatial", "channel"]
 Dims = tuple[int, ...]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
-from ._checks import require_callable, require_count, require_tensor
+from .._checks import require_callable, require_count, require_tensor
 
 Convert = Callable[[Tensor], Tensor]
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from ._checks import (
+from .._checks import (
     require_callable,
     require_choice,
     require_feature_pair,
@@ -17,7 +17,7 @@ from ._checks import (
     require_tensor,
 )
 from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps, require_maps
-from ._precision import full_precision
+from ._numerics import full_precision
 from ._reduction import (
     Reduction,
     norm_per_image,
@@ -25,7 +25,7 @@ from ._reduction import (
     relative_to,
     require_reduction,
 )
-from .adapters import (
+from ._adapters import (
     Conv2d,
     Linear,
     prepare_pair,

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import require_count, require_flag, require_tensor
+from .._checks import require_count, require_flag, require_tensor
 from ._means import MAPS, attention_maps
-from ._precision import compute_dtype
-from .adapters import prepare_pair, require_resize
-from .hyperparameters import Hyperparameters
+from ._numerics import compute_dtype
+from ._adapters import prepare_pair, require_resize
+from ..presets import Hyperparameters
 from .masked import AttentionMaskedLoss
 from .non_local import NonLocalLoss
 from .transfer import AttentionTransferLoss

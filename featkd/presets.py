@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ._checks import require_choice, require_flag, require_number
-from ._means import Attention
-from ._reduction import Reduction, require_reduction
-from .attention import Fusion
-from .non_local import Kind, TeacherRelation
+from .losses._means import Attention
+from .losses._reduction import Reduction, require_reduction
+from .losses.attention import Fusion
+from .losses.non_local import Kind, TeacherRelation
 
 
 @dataclass(frozen=True)

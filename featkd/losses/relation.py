@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import require_number, require_same_device, require_tensor
-from ._kernels import attend, rectified_sum
+from .._checks import require_number, require_same_device, require_tensor
+from ._pairs import attend, rectified_sum
 from ._masked_norm import masked_norm
-from ._precision import compute_dtype, full_precision
+from ._numerics import compute_dtype, full_precision
 from ._reduction import Reduction, reduce_distances, require_reduction
 
 

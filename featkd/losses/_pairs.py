@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._blocks import in_forward_mode, map_blocks
-from ._precision import full_precision
+from ._numerics import full_precision
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

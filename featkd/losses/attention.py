@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
+from .._checks import (
     require_choice,
     require_feature_map,
     require_flag,
@@ -17,7 +17,7 @@ from ._checks import (
     require_tensor,
 )
 from ._means import OVER_CHANNELS, OVER_POSITIONS, attention_maps
-from ._precision import compute_dtype
+from ._numerics import compute_dtype
 
 Fusion = Literal["logits", "probabilities"]
 FUSIONS = get_args(Fusion)

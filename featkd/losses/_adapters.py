@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import (
+from .._checks import (
     require_choice,
     require_count,
     require_feature_map,
@@ -18,7 +18,7 @@ from ._checks import (
     require_same_device,
     require_tensor,
 )
-from ._precision import compute_dtype, full_precision
+from ._numerics import compute_dtype, full_precision
 
 RESIZE_MODES = ("nearest", "area", "bilinear", "bicubic")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._checks import require_count, require_flag
-from ._hooks import CallHook, InputHook, OutputHook, Store
-from ._paths import innermost, resolve
+from .._checks import require_count, require_flag
+from .hooks import CallHook, InputHook, OutputHook, Store
+from .paths import innermost, resolve
 from .layouts import Convert
 
 Layers = Sequence[str] | Mapping[str, str]

@@ -1,0 +1,1 @@
+"""What the paper computes, one file an equation."""
