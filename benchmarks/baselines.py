@@ -18,7 +18,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import box_iou
 
-from featkd.losses._adapters import Conv2d, prepare_pair
+from featkd.losses._adapters import Conv2d
+from featkd.losses._level import admit
 
 Channels = Mapping[str, int]
 Features = Mapping[str, Tensor]
@@ -66,7 +67,7 @@ class Baseline(nn.Module):
         total: Any = 0
         for level, channels in self.channels.items():
             pair = student_features[level], teacher_features[level]
-            student, teacher = map(wide, prepare_pair(*pair, channels, resize=None))
+            student, teacher = map(wide, admit(*pair, channels, None, None))
             total = total + self.distance(level, self.adapters[level](student), teacher)
         return {self.name: self.weight * total}
 

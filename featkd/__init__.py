@@ -1,7 +1,5 @@
 """Feature-distillation losses for object detectors: Zhang & Ma, ICLR 2021, in pure PyTorch."""
 
-from .losses.attention import AttentionMask, ChannelAttention, SpatialAttention
-from .losses.overall import FeatureDistillationLoss
 from .distiller import Distiller
 from .functional import (
     attention_mask,
@@ -15,6 +13,13 @@ from .functional import (
     non_local_loss,
     spatial_attention,
 )
+from .losses.attention import AttentionMask, ChannelAttention, SpatialAttention
+from .losses.masked import AttentionMaskedLoss
+from .losses.non_local import NonLocalLoss
+from .losses.overall import FeatureDistillationLoss
+from .losses.relation import NonLocalRelation
+from .losses.transfer import AttentionTransferLoss
+from .matching import Layer, LayerMatch, match_layers
 from .presets import (
     FPN_OUTPUTS,
     NORMALIZED,
@@ -24,13 +29,9 @@ from .presets import (
     TWO_STAGE,
     Hyperparameters,
 )
-from .taps.layouts import from_channels_last, from_tokens
-from .losses.masked import AttentionMaskedLoss
-from .matching import Layer, LayerMatch, match_layers
-from .losses.non_local import NonLocalLoss, NonLocalRelation
 from .report import Report
+from .taps.layouts import from_channels_last, from_tokens
 from .taps.tap import FeatureTap
-from .losses.transfer import AttentionTransferLoss
 
 __version__ = "0.1.0"
 

@@ -41,6 +41,23 @@ def require_feature_map(name: str, value: Tensor) -> None:
         )
 
 
+def require_channels(name: str, features: Tensor, channels: int) -> None:
+    """A feature map of so many channels."""
+    require_tensor(name, features)
+    shape = tuple(features.shape)
+    if len(shape) == 4 and shape[1] == channels and 0 not in shape:
+        return
+    if len(shape) in (3, 4) and shape[-1] == channels != shape[1]:
+        function = "from_tokens" if len(shape) == 3 else "from_channels_last"
+        raise ValueError(
+            f"`{name}` must have the shape (B, {channels}, H, W), got {shape}: if its channels "
+            f"come last, see `featkd.{function}` and the argument `convert` of taps and distillers."
+        )
+    require_feature_map(name, features)
+    if shape[1] != channels:
+        raise ValueError(f"`{name}` must have the shape (B, {channels}, H, W), got {shape}.")
+
+
 def require_shape(name: str, value: Tensor, shape: tuple[int, ...], rule: str) -> None:
     """`rule` says whose shape it is: "the shape of `teacher`"."""
     if tuple(value.shape) != shape:
@@ -51,6 +68,15 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
     if value.device != other.device:
         raise ValueError(
             f"`{name}` must be on the device of `{other_name}` {other.device}, got {value.device}."
+        )
+
+
+def require_same_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Of one batch, height and width; the channels may differ."""
+    if value.shape[0] != other.shape[0] or value.shape[2:] != other.shape[2:]:
+        raise ValueError(
+            f"`{name}` must have the batch, height and width of `{other_name}` "
+            f"{tuple(other.shape)}, got {tuple(value.shape)}."
         )
 
 
@@ -65,13 +91,10 @@ def require_feature_pair(
     for name, value in zip(names, (student, teacher), strict=True):
         require_feature_map(name, value)
     require_same_device(names[0], student, names[1], teacher)
-    rule = "shape" if same_channels else "batch, height and width"
-    first = 1 if same_channels else 2
-    if student.shape[0] != teacher.shape[0] or student.shape[first:] != teacher.shape[first:]:
-        raise ValueError(
-            f"`{names[0]}` must have the {rule} of `{names[1]}` {tuple(teacher.shape)}, "
-            f"got {tuple(student.shape)}."
-        )
+    if same_channels:
+        require_shape(names[0], student, tuple(teacher.shape), f"the shape of `{names[1]}`")
+    else:
+        require_same_batch(names[0], student, names[1], teacher)
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import require_callable, require_flag, require_losses
-from .taps.early_stop import left_early
-from .taps.paths import pair_of, require_apart, require_module, resolve
 from .losses.overall import FeatureDistillationLoss
-from .taps.layouts import Convert, converts_by_side
 from .report import Report, Step, introduce, make_report
+from .taps.early_stop import left_early
+from .taps.layouts import Convert, converts_by_side
+from .taps.paths import pair_of, require_apart, require_module, resolve
 from .taps.tap import FeatureTap
 
 

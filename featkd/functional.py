@@ -17,12 +17,12 @@ under it.
 
 from .losses.attention import attention_mask, channel_attention, spatial_attention
 from .losses.masked import attention_masked_loss
+from .losses.non_local import non_local_loss
 from .losses.relation import (
     concatenation_relation,
     dot_product_relation,
     embedded_gaussian_relation,
     gaussian_relation,
-    non_local_loss,
 )
 from .losses.transfer import attention_transfer_loss
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ._table import table, times
-from .taps.trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
 from .taps.layouts import Convert, from_channels_last
+from .taps.trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
 
 
 @dataclass(frozen=True)

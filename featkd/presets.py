@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 from ._checks import require_choice, require_flag, require_number
-from .losses._means import Attention
-from .losses._reduction import Reduction, require_reduction
-from .losses.attention import Fusion
-from .losses.non_local import Kind, TeacherRelation
+from .losses._options import (
+    ATTENTIONS,
+    FUSIONS,
+    KINDS,
+    TEACHER_RELATIONS,
+    Attention,
+    Fusion,
+    Kind,
+    Reduction,
+    TeacherRelation,
+    require_reduction,
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,14 @@ class Hyperparameters:
         for name in ("alpha", "beta", "gamma"):
             require_number(name, getattr(self, name), least=0)
         require_number("temperature", self.temperature, above=0)
-        require_choice("fusion", self.fusion, get_args(Fusion))
+        require_choice("fusion", self.fusion, FUSIONS)
         require_flag("absolute", self.absolute)
         require_reduction(self.reduction)
-        require_choice("transfer_attention", self.transfer_attention, get_args(Attention))
-        require_choice("masked_attention", self.masked_attention, get_args(Attention))
-        require_choice("kind", self.kind, get_args(Kind))
+        require_choice("transfer_attention", self.transfer_attention, ATTENTIONS)
+        require_choice("masked_attention", self.masked_attention, ATTENTIONS)
+        require_choice("kind", self.kind, KINDS)
         require_flag("residual", self.residual)
-        require_choice("teacher_relation", self.teacher_relation, get_args(TeacherRelation))
+        require_choice("teacher_relation", self.teacher_relation, TEACHER_RELATIONS)
         require_flag("normalize", self.normalize)
 
 

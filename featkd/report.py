@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ._preserve import preserved
 from ._table import table, times
-from .taps.trace import Shape, maps_in, stride_of
 from .losses.overall import SINGLE_LEVEL, FeatureDistillationLoss, _module_name
+from .taps.trace import Shape, maps_in, stride_of
 
 if TYPE_CHECKING:
     from .distiller import Distiller

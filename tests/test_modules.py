@@ -34,8 +34,9 @@ from featkd import (
     NonLocalRelation,
     SpatialAttention,
 )
-from featkd.losses._means import MAPS, attention_maps
-from featkd.losses._adapters import RESIZE_MODES, Conv2d, Linear
+from featkd.losses.attention import MAPS, attention_maps
+from featkd.losses._adapters import Conv2d, Linear
+from featkd.losses._options import RESIZE_MODES
 
 each_case = pytest.mark.parametrize("case", MODULE_CASES, ids=str)
 each_kind = pytest.mark.parametrize("kind", KINDS)

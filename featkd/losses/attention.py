@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +14,27 @@ from .._checks import (
     require_shape,
     require_tensor,
 )
-from ._means import OVER_CHANNELS, OVER_POSITIONS, attention_maps
+from ._blocks import takes_closed_form
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, Dims, means
 from ._numerics import compute_dtype
+from ._options import FUSIONS, Attention, Fusion
 
-Fusion = Literal["logits", "probabilities"]
-FUSIONS = get_args(Fusion)
+Maps = dict[Dims, Tensor]
+
+MAPS: dict[Attention, tuple[Dims, ...]] = {
+    "both": (OVER_CHANNELS, OVER_POSITIONS),
+    "spatial": (OVER_CHANNELS,),
+    "channel": (OVER_POSITIONS,),
+}
+
+
+def attention_maps(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -> Maps:
+    """Attention over each of `dims` of checked features: the mean of their absolute values."""
+    if takes_closed_form():
+        return dict(zip(dims, means(features, dims, absolute), strict=True))
+    wide = features.to(compute_dtype(features))
+    wide = wide.abs() if absolute else wide
+    return {over: wide.mean(over) for over in dims}
 
 
 def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -146,7 +160,13 @@ def attention_mask(
     )
     require_number("temperature", temperature, above=0)
     require_choice("fusion", fusion, FUSIONS)
+    return fused_mask(student_attention, teacher_attention, temperature, fusion)
 
+
+def fused_mask(
+    student_attention: Tensor, teacher_attention: Tensor, temperature: float, fusion: Fusion
+) -> Tensor:
+    """The mask of checked maps."""
     dtype = compute_dtype(student_attention, teacher_attention)
     # A smaller one would be 0 there, and torch takes no large integers.
     temperature = max(float(temperature), torch.finfo(dtype).tiny)

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import (
+    require_channels,
     require_choice,
     require_feature_pair,
-    require_flag,
     require_number,
     require_same_device,
     require_shape,
     require_tensor,
 )
-from ._masked_norm import masked_norm
-from ._means import (
-    MAPS,
-    OVER_CHANNELS,
-    OVER_POSITIONS,
-    Attention,
-    Maps,
-    attention_maps,
-    require_maps,
-)
-from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
-from ._adapters import (
-    Conv2d,
-    prepare_pair,
-    require_channel_counts,
-    require_channels,
-    require_resize,
-)
-from .attention import Fusion, attention_mask
+from ._adapters import Conv2d
+from ._blocks import takes_closed_form
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, weighted_distance
+from ._level import LevelLoss
+from ._numerics import compute_dtype, reduced, relative_to, root
+from ._options import ATTENTIONS, FUSIONS, Attention, Fusion, Reduction, require_reduction
+from .attention import MAPS, Maps, attention_maps, fused_mask
 
 
 def attention_masked_loss(
@@ -90,7 +76,22 @@ def attention_masked_loss(
         _require_mask("spatial_mask", spatial_mask, (images, *size), student)
     if channel_mask is not None:
         _require_mask("channel_mask", channel_mask, (images, channels), student)
-    return reduce_distances(masked_norm(student, teacher, spatial_mask, channel_mask), reduction)
+    return reduced(masked_distance(student, teacher, spatial_mask, channel_mask), reduction)
+
+
+def masked_distance(
+    student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+) -> Tensor:
+    """Eq. (2) for each image, `(B,)`."""
+    if takes_closed_form():
+        return weighted_distance(student, teacher, spatial_mask, channel_mask)
+    dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
+    square = (student.to(dtype) - teacher).square()
+    if spatial_mask is not None:
+        square = square * spatial_mask[:, None]
+    if channel_mask is not None:
+        square = square * channel_mask[:, :, None, None]
+    return root(square.sum((1, 2, 3)))
 
 
 def _require_mask(name: str, mask: Tensor, shape: tuple[int, ...], student: Tensor) -> None:
@@ -99,7 +100,7 @@ def _require_mask(name: str, mask: Tensor, shape: tuple[int, ...], student: Tens
     require_same_device(name, mask, "student", student)
 
 
-class AttentionMaskedLoss(nn.Module):
+class AttentionMaskedLoss(LevelLoss):
     """See :func:`featkd.functional.attention_masked_loss`; masks and 1x1 adapter are its own.
 
     The masks are made of the student's own features and the teacher's, as constants; the channel
@@ -123,6 +124,8 @@ class AttentionMaskedLoss(nn.Module):
         torch.Size([])
     """
 
+    shown = ("temperature", "fusion", "attention")
+
     def __init__(
         self,
         student_channels: int,
@@ -135,61 +138,40 @@ class AttentionMaskedLoss(nn.Module):
         resize: str | None = None,
         normalize: bool = False,
     ) -> None:
-        super().__init__()
-        require_channel_counts(student_channels, teacher_channels)
+        super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
         require_number("temperature", temperature, above=0)
-        require_choice("fusion", fusion, get_args(Fusion))
-        require_choice("attention", attention, get_args(Attention))
-        require_reduction(reduction)
-        require_resize(resize)
-        require_flag("normalize", normalize)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels
+        require_choice("fusion", fusion, FUSIONS)
+        require_choice("attention", attention, ATTENTIONS)
         self.temperature = temperature
         self.fusion: Fusion = fusion
         self.attention: Attention = attention
-        self.reduction: Reduction = reduction
-        self.resize = resize
-        self.normalize = normalize
         self.adapter = Conv2d(student_channels, teacher_channels, 1)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.student_channels}, {self.teacher_channels}, temperature={self.temperature}, "
-            f"fusion={self.fusion!r}, attention={self.attention!r}, reduction={self.reduction!r}, "
-            f"resize={self.resize!r}, normalize={self.normalize}"
-        )
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
-    ) -> Tensor:
-        """`maps`: both sides' attention maps, where the caller has them already."""
-        channels = self.student_channels, self.teacher_channels
-        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+    def _distances(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
+    ) -> list[Tensor]:
         adapted = self.adapter(student)
-        spatial_mask, channel_mask = self.masks(student, adapted, teacher, maps)
-        loss = attention_masked_loss(
-            adapted, teacher, spatial_mask=spatial_mask, channel_mask=channel_mask, reduction="none"
-        )
+        masks = self._masks(student, adapted, teacher, maps)
+        distance = masked_distance(adapted, teacher, *masks)
         if self.normalize:
-            norm = masked_norm(torch.zeros_like(teacher), teacher, spatial_mask, channel_mask)
-            loss = relative_to(loss, norm)
-        return reduce_distances(loss, self.reduction)
+            zeros = torch.zeros_like(teacher)
+            distance = relative_to(distance, masked_distance(zeros, teacher, *masks))
+        return [distance]
 
-    @torch.no_grad()
     def masks(
-        self,
-        student: Tensor,
-        adapted: Tensor,
-        teacher: Tensor,
-        maps: tuple[Maps, Maps] | None = None,
+        self, student: Tensor, adapted: Tensor, teacher: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
-        dims = MAPS[self.attention]
         require_channels("student", student, self.student_channels)
         require_feature_pair(adapted, teacher, same_channels=True, names=("adapted", "teacher"))
         require_feature_pair(student, teacher, same_channels=False)
-        require_maps(maps, dims, student, teacher)
+        return self._masks(student, adapted, teacher, None)
+
+    @torch.no_grad()
+    def _masks(
+        self, student: Tensor, adapted: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dims = MAPS[self.attention]
         one_channel_index = self.student_channels == self.teacher_channels
         if maps is None:
             of_student = dims if one_channel_index else tuple(d for d in dims if d == OVER_CHANNELS)
@@ -197,8 +179,5 @@ class AttentionMaskedLoss(nn.Module):
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
             ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
-        masks = {
-            d: attention_mask(ours[d], theirs[d], temperature=self.temperature, fusion=self.fusion)
-            for d in dims
-        }
+        masks = {d: fused_mask(ours[d], theirs[d], self.temperature, self.fusion) for d in dims}
         return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

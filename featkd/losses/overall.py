@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import require_count, require_flag, require_tensor
-from ._means import MAPS, attention_maps
-from ._numerics import compute_dtype
-from ._adapters import prepare_pair, require_resize
 from ..presets import Hyperparameters
+from ._level import admit
+from ._numerics import compute_dtype
+from ._options import require_resize
+from .attention import MAPS, Maps, attention_maps
 from .masked import AttentionMaskedLoss
 from .non_local import NonLocalLoss
 from .transfer import AttentionTransferLoss
@@ -152,26 +153,29 @@ class FeatureDistillationLoss(nn.Module):
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
         ours = self._levels_of("student_features", student_features)
         theirs = self._levels_of("teacher_features", teacher_features)
-        names = ("student_features", "teacher_features")
+        weight = next(self.parameters(), None)
         pairs = {}
         for level, channels in self.channels.items():
-            at_level = names if self.single else tuple(f"{name}[{level!r}]" for name in names)
-            pairs[level] = prepare_pair(
-                ours[level], theirs[level], channels, self.resize, (at_level[0], at_level[1])
+            at_level = "" if self.single else f"[{level!r}]"
+            pairs[level] = admit(
+                ours[level],
+                theirs[level],
+                channels,
+                self.resize,
+                weight,
+                (f"student_features{at_level}", f"teacher_features{at_level}"),
             )
         settings = self.hyperparameters
-        maps = {}
+        maps: dict[str, tuple[Maps, Maps]] = {}
         if self.attention_transfer and self.attention_masked and settings.absolute:
             # One reading of the features serves the attention transfer and the masks.
             for level, (student, teacher) in pairs.items():
                 dims = MAPS["both"]
-                maps[level] = {
-                    "maps": (attention_maps(student, dims), attention_maps(teacher, dims))
-                }
+                maps[level] = attention_maps(student, dims), attention_maps(teacher, dims)
         return {
             "attention_transfer": self._term(settings.alpha, self.attention_transfer, pairs, maps),
             "attention_masked": self._term(settings.beta, self.attention_masked, pairs, maps),
-            "non_local": self._term(settings.gamma, self.non_local, pairs, {}),
+            "non_local": self._term(settings.gamma, self.non_local, pairs, maps),
         }
 
     def _term(
@@ -179,13 +183,13 @@ class FeatureDistillationLoss(nn.Module):
         weight: float,
         losses: nn.ModuleDict,
         pairs: dict[str, tuple[Tensor, Tensor]],
-        options: dict[str, dict[str, Any]],
+        maps: dict[str, tuple[Maps, Maps]],
     ) -> Tensor:
         if not losses:
             student, _ = pairs[self.levels[0]]
             return torch.zeros((), dtype=compute_dtype(student), device=student.device)
         values = [
-            losses[_module_name(level)](*pair, **options.get(level, {}))
+            losses[_module_name(level)].between(*pair, maps.get(level))  # type: ignore[operator]
             for level, pair in pairs.items()
         ]
         return float(weight) * torch.stack(values).sum(0)

@@ -1,14 +1,23 @@
-"""Non-local relations of the positions of a feature map, and their distance, L_NLD."""
+"""The four non-local relations of the positions of a feature map, as functions and as a module."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .._checks import require_number, require_same_device, require_tensor
-from ._pairs import attend, rectified_sum
-from ._masked_norm import masked_norm
+from .._checks import (
+    require_channels,
+    require_choice,
+    require_count,
+    require_flag,
+    require_number,
+    require_same_device,
+    require_tensor,
+)
+from ._adapters import Conv2d
 from ._numerics import compute_dtype, full_precision
-from ._reduction import Reduction, reduce_distances, require_reduction
+from ._options import KINDS, Kind
+from ._pairs import attend, rectified_sum
 
 
 def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
@@ -42,7 +51,7 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
         tensor([[[[1.5000, 1.5000],
                   [1.5000, 1.5000]]]])
     """
-    _require_positions("features", features)
+    require_positions("features", features)
     wide = features.to(compute_dtype(features))  # here, so that its gradient is rounded once
     return embedded_gaussian_relation(wide, wide, g)
 
@@ -85,9 +94,7 @@ def embedded_gaussian_relation(
     """
     _require_relation(theta, phi, g)
     require_number("scale", scale)
-    dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2).mT for x in (theta, phi, g))
-    return _at_positions(attend(query, key, value, float(scale)).mT, theta)
+    return _embedded_gaussian(theta, phi, g, float(scale))
 
 
 def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -124,11 +131,7 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         tensor([[[3.5000, 7.0000]]])
     """
     _require_relation(theta, phi, g)
-    dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
-    with full_precision(query):
-        context = value @ key.mT / key.shape[2]
-        return _at_positions(context @ query, theta)
+    return _dot_product(theta, phi, g)
 
 
 def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -172,59 +175,37 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         raise ValueError(
             f"`theta` must have the shape (B, 1, *positions), got {tuple(theta.shape)}."
         )
-    dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
+    return _concatenation(theta, phi, g)
+
+
+def _embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+    query, key, value = (x.mT for x in _flat(theta, phi, g))
+    return _at_positions(attend(query, key, value, scale).mT, theta)
+
+
+def _dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    query, key, value = _flat(theta, phi, g)
+    with full_precision(query):
+        context = value @ key.mT / key.shape[2]
+        return _at_positions(context @ query, theta)
+
+
+def _concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    query, key, value = _flat(theta, phi, g)
     return _at_positions(rectified_sum(query[:, 0], key[:, 0], value / key.shape[2]), theta)
 
 
-def non_local_loss(
-    student_relation: Tensor, teacher_relation: Tensor, *, reduction: Reduction = "mean"
-) -> Tensor:
-    r"""Non-local distillation loss: the L2 distance of the relations.
-
-    .. math:: L_{NLD} = \lVert r^S - r^T \rVert_2
-
-    Args:
-        student_relation: `(B, D, *positions)`.
-        teacher_relation: the same shape.
-        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
-            (beyond the paper).
-
-    Returns:
-        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
-        wider. 0 with gradient 0 where they are equal.
-
-    Accuracy:
-        Value within 2e-6, gradients within 4e-6, relative to itself and to the largest element,
-        for losses from 1e-19 sqrt(DN) to 1.8e19. Above it is inf with gradient 0; below, the
-        squares underflow: it is off by up to 4e-23 sqrt(DN), to 0 with gradient 0 in the end.
-
-    Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: the shapes or devices differ, or `reduction` is unknown.
-
-    Reference: Zhang & Ma (ICLR 2021), section 3.2.
-
-    Example:
-        >>> import torch
-        >>> non_local_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5))
-        tensor(1.4142)
-    """
-    require_reduction(reduction)
-    _require_positions("student_relation", student_relation)
-    _require_positions("teacher_relation", teacher_relation)
-    if student_relation.shape != teacher_relation.shape:
-        raise ValueError(
-            f"`student_relation` must have the shape of `teacher_relation` "
-            f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}."
-        )
-    require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
-    student, teacher = (x.flatten(2)[..., None] for x in (student_relation, teacher_relation))
-    return reduce_distances(masked_norm(student, teacher, None, None), reduction)
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    """Each as `(B, width, positions)`, in the widest dtype."""
+    dtype = compute_dtype(*tensors)
+    return [x.to(dtype).flatten(2) for x in tensors]
 
 
-def _require_positions(name: str, value: Tensor) -> None:
+def _at_positions(flat: Tensor, like: Tensor) -> Tensor:
+    return flat.reshape(flat.shape[:2] + like.shape[2:])
+
+
+def require_positions(name: str, value: Tensor) -> None:
     require_tensor(name, value)
     if value.dim() < 3 or 0 in value.shape[1:]:
         raise ValueError(
@@ -235,7 +216,7 @@ def _require_positions(name: str, value: Tensor) -> None:
 
 def _require_relation(theta: Tensor, phi: Tensor, g: Tensor) -> None:
     for name, value in (("theta", theta), ("phi", phi), ("g", g)):
-        _require_positions(name, value)
+        require_positions(name, value)
         require_same_device(name, value, "theta", theta)
     if phi.shape[:2] != theta.shape[:2]:
         raise ValueError(
@@ -249,5 +230,93 @@ def _require_relation(theta: Tensor, phi: Tensor, g: Tensor) -> None:
         )
 
 
-def _at_positions(flat: Tensor, like: Tensor) -> Tensor:
-    return flat.reshape(flat.shape[:2] + like.shape[2:])
+_OF_EMBEDDINGS = {
+    "gaussian": _embedded_gaussian,
+    "embedded_gaussian": _embedded_gaussian,
+    "dot_product": _dot_product,
+    "concatenation": _concatenation,
+}
+
+
+class NonLocalRelation(nn.Module):
+    r"""Non-local block: a relation of a map's positions, with theta, phi, g by 1x1 convolutions.
+
+    Args:
+        in_channels: C.
+        kind: `"gaussian"`, `"embedded_gaussian"`, `"dot_product"` or `"concatenation"`: see
+            :func:`featkd.functional.gaussian_relation` and its three neighbours. The last folds
+            :math:`w \cdot [\theta(x_i), \phi(x_j)]` into one output channel each for theta and phi.
+        inter_channels: D, the width of theta, phi and g; default C // 2, at least 1.
+        subsample: keys and values are max-pooled by this factor (a smaller map, to one key).
+        residual: return W(r) + x with a 1x1 convolution W (the released code) in place of r alone.
+
+    Shape: `(B, C, H, W) -> (B, D, H, W)`, with `residual` `-> (B, C, H, W)`; float32 or wider.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.2 and figure 2c; Wang et al. (CVPR 2018).
+
+    Example:
+        >>> import torch
+        >>> NonLocalRelation(16, kind="dot_product")(torch.randn(2, 16, 8, 12)).shape
+        torch.Size([2, 8, 8, 12])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        kind: Kind,
+        inter_channels: int | None = None,
+        subsample: int = 1,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        require_count("in_channels", in_channels)
+        require_choice("kind", kind, KINDS)
+        if inter_channels is not None:
+            require_count("inter_channels", inter_channels)
+        require_count("subsample", subsample)
+        require_flag("residual", residual)
+        self.in_channels = in_channels
+        self.kind: Kind = kind
+        self.inter_channels = inter_channels or max(in_channels // 2, 1)
+        self.subsample = subsample
+        self.residual = residual
+        width = 1 if kind == "concatenation" else self.inter_channels
+        self.theta = _embedding(in_channels, width) if kind != "gaussian" else None
+        self.phi = _embedding(in_channels, width) if kind != "gaussian" else None
+        self.g = _embedding(in_channels, self.inter_channels)
+        self.conv_out = _embedding(self.inter_channels, in_channels) if residual else None
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels if self.residual else self.inter_channels
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, kind={self.kind!r}, inter_channels={self.inter_channels}, "
+            f"subsample={self.subsample}, residual={self.residual}"
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        require_channels("features", features, self.in_channels)
+        require_same_device("features", features, "NonLocalRelation", self.g.weight)
+        return self.of_checked(features)
+
+    def of_checked(self, features: Tensor) -> Tensor:
+        theta = features if self.theta is None else self.theta(features)
+        phi = self._pool(features if self.phi is None else self.phi(features))
+        g = self._pool(self.g(features))
+        relation = _OF_EMBEDDINGS[self.kind](theta, phi, g)
+        return relation if self.conv_out is None else self.conv_out(relation) + features
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.subsample == 1:
+            return x
+        return F.max_pool2d(x, [min(self.subsample, size) for size in x.shape[2:]])
+
+
+def _embedding(in_channels: int, out_channels: int) -> Conv2d:
+    """A 1x1 convolution from a random start: an adapter's identity would tie theta, phi and g."""
+    layer = Conv2d(in_channels, out_channels, 1)
+    layer.reset_parameters()
+    return layer

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import (
     require_callable,
@@ -16,22 +15,12 @@ from .._checks import (
     require_shape,
     require_tensor,
 )
-from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps, require_maps
-from ._numerics import full_precision
-from ._reduction import (
-    Reduction,
-    norm_per_image,
-    reduce_distances,
-    relative_to,
-    require_reduction,
-)
-from ._adapters import (
-    Conv2d,
-    Linear,
-    prepare_pair,
-    require_channel_counts,
-    require_resize,
-)
+from ._adapters import Conv2d, Linear
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS
+from ._level import LevelLoss
+from ._numerics import full_precision, norm_per_image, reduced, relative_to
+from ._options import ATTENTIONS, Attention, Reduction, require_reduction
+from .attention import MAPS, Maps, attention_maps
 
 Adapter = Callable[[Tensor], Tensor]
 
@@ -91,54 +80,27 @@ def attention_transfer_loss(
     require_callable("channel_adapter", channel_adapter)
     require_feature_pair(student, teacher, same_channels=channel_adapter is None)
     ours, theirs = (attention_maps(x, MAPS["both"], absolute) for x in (student, teacher))
-    return _sum_reduced(
-        _distances(MAPS["both"], ours, theirs, spatial_adapter, channel_adapter), reduction
+    targets = theirs[OVER_CHANNELS][:, None], theirs[OVER_POSITIONS]
+    spatial = _adapted("spatial_adapter", spatial_adapter, ours[OVER_CHANNELS][:, None], targets[0])
+    channel = _adapted("channel_adapter", channel_adapter, ours[OVER_POSITIONS], targets[1])
+    return reduced(norm_per_image(spatial - targets[0]), reduction) + reduced(
+        norm_per_image(channel - targets[1]), reduction
     )
 
 
-def _distances(
-    dims: tuple[Dims, ...],
-    ours: Maps,
-    theirs: Maps,
-    spatial_adapter: Adapter | None,
-    channel_adapter: Adapter | None,
-    normalize: bool = False,
-) -> list[Tensor]:
-    """The distances per image, `(B,)` each, of the maps over `dims`."""
-    pairs = []
-    for over in dims:
-        mine, target = ours[over], theirs[over]
-        if over == OVER_CHANNELS:
-            mine, target = mine[:, None], target[:, None]
-            mine = _adapt("spatial_adapter", spatial_adapter, mine, target)
-        else:
-            mine = _adapt("channel_adapter", channel_adapter, mine, target)
-        pairs.append((mine, target))
-    distances = [norm_per_image(mine - target) for mine, target in pairs]
-    if not normalize:
-        return distances
-    norms = [norm_per_image(target) for _, target in pairs]
-    total = norms[0] if len(norms) == 1 else norms[0] + norms[1]
-    return [relative_to(distance, total) for distance in distances]
-
-
-def _adapt(name: str, adapter: Adapter | None, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:
+    """The student's map through the caller's adapter, whose result is checked."""
     if adapter is None:
-        return student_map
-    with full_precision(student_map):
-        adapted = adapter(student_map)
+        return ours
+    with full_precision(ours):
+        adapted = adapter(ours)
     require_tensor(name, adapted, verb="return")
-    require_shape(name, adapted, tuple(teacher_map.shape), "a result of the shape")
-    require_same_device(name, adapted, "teacher", teacher_map)
+    require_shape(name, adapted, tuple(theirs.shape), "a result of the shape")
+    require_same_device(name, adapted, "teacher", theirs)
     return adapted
 
 
-def _sum_reduced(distances: list[Tensor], reduction: Reduction) -> Tensor:
-    reduced = [reduce_distances(distance, reduction) for distance in distances]
-    return reduced[0] if len(reduced) == 1 else reduced[0] + reduced[1]
-
-
-class AttentionTransferLoss(nn.Module):
+class AttentionTransferLoss(LevelLoss):
     """See :func:`featkd.functional.attention_transfer_loss`; appendix B's adapters are its own.
 
     A 3x3 convolution adapts the student's spatial map, a linear layer its channel map. Teacher
@@ -162,6 +124,8 @@ class AttentionTransferLoss(nn.Module):
         torch.Size([])
     """
 
+    shown = ("attention", "absolute")
+
     def __init__(
         self,
         student_channels: int,
@@ -173,42 +137,30 @@ class AttentionTransferLoss(nn.Module):
         resize: str | None = None,
         normalize: bool = False,
     ) -> None:
-        super().__init__()
-        require_channel_counts(student_channels, teacher_channels)
-        require_choice("attention", attention, get_args(Attention))
+        super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
+        require_choice("attention", attention, ATTENTIONS)
         require_flag("absolute", absolute)
-        require_reduction(reduction)
-        require_resize(resize)
-        require_flag("normalize", normalize)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels
         self.attention: Attention = attention
         self.absolute = absolute
-        self.reduction: Reduction = reduction
-        self.resize = resize
-        self.normalize = normalize
         self.spatial_adapter = Conv2d(1, 1, 3) if attention != "channel" else None
         self.channel_adapter = (
             Linear(student_channels, teacher_channels) if attention != "spatial" else None
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.student_channels}, {self.teacher_channels}, attention={self.attention!r}, "
-            f"absolute={self.absolute}, reduction={self.reduction!r}, resize={self.resize!r}, "
-            f"normalize={self.normalize}"
-        )
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
-    ) -> Tensor:
-        """`maps`: both sides' attention maps, where the caller has them already."""
-        channels = self.student_channels, self.teacher_channels
-        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+    def _distances(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
+    ) -> list[Tensor]:
         dims = MAPS[self.attention]
-        require_maps(maps, dims, student, teacher)
         ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
-        distances = _distances(
-            dims, ours, theirs, self.spatial_adapter, self.channel_adapter, self.normalize
-        )
-        return _sum_reduced(distances, self.reduction)
+        pairs = []
+        if self.spatial_adapter is not None:
+            spatial = self.spatial_adapter(ours[OVER_CHANNELS][:, None])
+            pairs.append((spatial, theirs[OVER_CHANNELS][:, None]))
+        if self.channel_adapter is not None:
+            pairs.append((self.channel_adapter(ours[OVER_POSITIONS]), theirs[OVER_POSITIONS]))
+        distances = [norm_per_image(mine - target) for mine, target in pairs]
+        if not self.normalize:
+            return distances
+        norms = [norm_per_image(target) for _, target in pairs]
+        total = norms[0] if len(norms) == 1 else norms[0] + norms[1]
+        return [relative_to(distance, total) for distance in distances]

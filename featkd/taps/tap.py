@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import require_count, require_flag
 from .hooks import CallHook, InputHook, OutputHook, Store
-from .paths import innermost, resolve
 from .layouts import Convert
+from .paths import innermost, resolve
 
 Layers = Sequence[str] | Mapping[str, str]
 T = TypeVar("T")

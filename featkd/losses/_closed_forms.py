@@ -1,0 +1,152 @@
+"""The same values as the plain formulas, with their own backward.
+
+Why: autograd keeps every temporary of a formula, each as large as a feature map, and each costs a
+trip to memory. The gradients of means and distances are short formulas of the inputs alone, so the
+features are read once each way, in blocks that stay in cache. The plain formula stands where each
+function is called, and serves the compiler (which fuses it), forward mode and `torch.func`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._blocks import channel_blocks, product, scaled
+from ._numerics import compute_dtype
+
+Dims = tuple[int, ...]
+OVER_CHANNELS: Dims = (1,)
+OVER_POSITIONS: Dims = (2, 3)
+
+
+def means(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
+    """The means of `features`, or their absolute values, over each of `dims`."""
+    result: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
+    return result
+
+
+def weighted_distance(
+    a: Tensor, b: Tensor, by_position: Tensor | None = None, by_channel: Tensor | None = None
+) -> Tensor:
+    """`sqrt(sum w v (a - b)^2)` per image, `(B,)`: w `(B, H, W)` and v `(B, C)` or 1."""
+    result: Tensor = _WeightedDistance.apply(a, b, by_position, by_channel)
+    return result
+
+
+class _Means(torch.autograd.Function):
+    @staticmethod
+    def forward(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
+        dtype = compute_dtype(features)
+        over_channels: list[Tensor] = []
+        over_positions: list[Tensor] = []
+        for index, block in enumerate(channel_blocks(features)):
+            wide = features[:, block].to(dtype)
+            wide = wide.abs() if absolute else wide
+            if OVER_CHANNELS in dims:
+                _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
+            if OVER_POSITIONS in dims:
+                over_positions.append(wide.sum(OVER_POSITIONS))
+        sums = {
+            d: sum(over_channels[:-1], start=over_channels[-1])
+            if d == OVER_CHANNELS
+            else torch.cat(over_positions, 1)
+            for d in dims
+        }
+        return tuple(total / _count(features, d) for d, total in sums.items())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        features, ctx.dims, ctx.absolute = inputs
+        ctx.save_for_backward(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (features,) = ctx.saved_tensors
+        slopes = {d: grad / _count(features, d) for d, grad in zip(ctx.dims, grads, strict=True)}
+        spatial, channel = slopes.get(OVER_CHANNELS), slopes.get(OVER_POSITIONS)
+
+        def factors(block: slice) -> tuple[Tensor, Tensor]:
+            part = features[:, block]
+            terms = [] if spatial is None else [spatial[:, None]]
+            terms += [] if channel is None else [channel[:, block, None, None]]
+            slope = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            return part.sign() if ctx.absolute else torch.ones_like(part), slope
+
+        return product(features, factors), None, None
+
+
+def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
+    """Add the part of this index to `sums`, one sum for each 1 among the binary digits of it.
+
+    So an element goes through log2(parts) additions, and as many roundings, not one for each part.
+    """
+    while index % 2:
+        part = part.add_(sums.pop())
+        index //= 2
+    sums.append(part)
+
+
+def _count(features: Tensor, dims: Dims) -> int:
+    return math.prod(features.shape[d] for d in dims)
+
+
+class _WeightedDistance(torch.autograd.Function):
+    """Its gradient is w v (a - b) / distance; inputs and distance alone are saved."""
+
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
+    ) -> Tensor:
+        dtype = compute_dtype(a, b, by_position, by_channel)
+        weight = None if by_position is None else by_position[:, None]
+        energies = []
+        for block in channel_blocks(b):
+            square = (a[:, block].to(dtype) - b[:, block]).square_()
+            square = square if weight is None else square.mul_(weight)
+            energies.append(square.sum(OVER_POSITIONS))
+        energy = torch.cat(energies, 1)
+        if by_channel is not None:
+            energy = energy * by_channel
+        return energy.sum(1).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, by_position, by_channel, distance = ctx.saved_tensors
+        zero = distance == 0
+        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, distance))
+        weight = None if by_position is None else by_position[:, None]
+
+        def difference(block: slice) -> Tensor:
+            result: Tensor = a[:, block].to(distance.dtype) - b[:, block]
+            return result
+
+        def gradient(features: Tensor, sign: int) -> Tensor:
+            slopes = (sign * slope)[:, None].expand(features.shape[:2])
+            if by_channel is not None:
+                slopes = slopes * by_channel
+
+            def factors(block: slice) -> tuple[Tensor, Tensor]:
+                part = difference(block)
+                part = part if weight is None else scaled(part, weight)
+                return part, slopes[:, block, None, None]
+
+            return product(features, factors)
+
+        to_a = gradient(a, 1) if ctx.needs_input_grad[0] else None
+        to_b = gradient(b, -1) if ctx.needs_input_grad[1] else None
+        to_position = to_channel = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
+            if ctx.needs_input_grad[2]:
+                weighted = square if by_channel is None else square * by_channel[:, :, None, None]
+                to_position = weighted.sum(1)
+            if ctx.needs_input_grad[3]:
+                to_channel = (square if weight is None else square * weight).sum(OVER_POSITIONS)
+        return to_a, to_b, to_position, to_channel

@@ -1,0 +1,112 @@
+"""What the losses of one level share: the door where all is checked once, and the reduction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import (
+    require_channels,
+    require_count,
+    require_flag,
+    require_same_batch,
+    require_same_device,
+)
+from ._numerics import compute_dtype, reduced
+from ._options import Reduction, require_reduction, require_resize
+from .attention import Maps
+
+
+class LevelLoss(nn.Module):
+    """A loss between a student's and a teacher's features, `(B, C_S, H, W)` and `(B, C_T, H, W)`.
+
+    Args:
+        student_channels, teacher_channels: C_S and C_T.
+        reduction, resize, normalize: as in the losses' documentation.
+    """
+
+    shown: tuple[str, ...] = ()  # what repr says besides
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        reduction: Reduction,
+        resize: str | None,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        require_count("student_channels", student_channels)
+        require_count("teacher_channels", teacher_channels)
+        require_reduction(reduction)
+        require_resize(resize)
+        require_flag("normalize", normalize)
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.reduction: Reduction = reduction
+        self.resize = resize
+        self.normalize = normalize
+
+    def extra_repr(self) -> str:
+        names = (*self.shown, "reduction", "resize", "normalize")
+        options = (f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join((f"{self.student_channels}, {self.teacher_channels}", *options))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = admit(
+            student,
+            teacher,
+            (self.student_channels, self.teacher_channels),
+            self.resize,
+            next(self.parameters()),
+        )
+        return self.between(student, teacher)
+
+    def between(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None = None
+    ) -> Tensor:
+        """The loss of features that :func:`admit` let in; `maps`: their attention maps if known."""
+        distances = self._distances(student, teacher, maps)
+        first, *others = (reduced(distance, self.reduction) for distance in distances)
+        return first + others[0] if others else first
+
+    @abstractmethod
+    def _distances(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
+    ) -> list[Tensor]:
+        """What is reduced over the images, then added: one or two of `(B,)`."""
+
+
+def admit(
+    student: Tensor,
+    teacher: Tensor,
+    channels: tuple[int, int],
+    resize: str | None,
+    weight: Tensor | None,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> tuple[Tensor, Tensor]:
+    """Both maps, checked: the student's at the teacher's size if asked, the teacher's detached.
+
+    `weight` is one of the loss's parameters, if any, which lie on the features' device.
+    """
+    for name, features, count in zip(names, (student, teacher), channels, strict=True):
+        require_channels(name, features, count)
+    if student.shape[2:] != teacher.shape[2:]:
+        if resize is None:
+            raise ValueError(
+                f"`{names[0]}` must have the height and width of `{names[1]}` "
+                f"{tuple(teacher.shape)}, or be resized to them by the loss's argument `resize`, "
+                f"got {tuple(student.shape)}."
+            )
+        wide = student.to(compute_dtype(student))
+        student = F.interpolate(wide, teacher.shape[2:], mode=resize)
+    require_same_device(names[0], student, names[1], teacher)
+    require_same_batch(names[0], student, names[1], teacher)
+    if weight is not None:
+        require_same_device(names[0], student, "loss", weight)
+    # Features made under `inference_mode` cannot be saved for a backward; a copy of them can.
+    inference = not torch.compiler.is_compiling() and teacher.is_inference()
+    return student, teacher.clone() if inference else teacher.detach()
