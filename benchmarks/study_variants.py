@@ -43,7 +43,7 @@ def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: An
         loss = featkd.FeatureDistillationLoss(student, teacher, hyperparameters=hyperparameters)
     for module in loss.modules():
         if isinstance(module, featkd.AttentionMaskedLoss) and "masks" in variants:
-            module.masks = MethodType(MASKS[variants["masks"]], module)
+            module._masks = MethodType(MASKS[variants["masks"]], module)
         if isinstance(module, featkd.NonLocalLoss) and "relation" in variants:
             tie_relation(module)
     if "schedule" in variants:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled, takes_closed_form
-from ._precision import compute_dtype
+from ._precision import compute_dtype, savable
 from ._reduction import root
 
 
@@ -16,6 +16,9 @@ def masked_norm(
     student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
 ) -> Tensor:
     """Eq. (2) per image, `(B,)`."""
+    student, teacher = savable(student), savable(teacher)
+    spatial_mask = None if spatial_mask is None else savable(spatial_mask)
+    channel_mask = None if channel_mask is None else savable(channel_mask)
     if takes_closed_form():
         result: Tensor = _MaskedNorm.apply(student, teacher, spatial_mask, channel_mask)
         return result

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, takes_closed_form
-from ._checks import require_same_device, require_shape, require_tensor
 from ._precision import compute_dtype
 
 Attention = Literal["both", "spatial", "channel"]
@@ -33,25 +31,6 @@ def attention_maps(features: Tensor, dims: tuple[Dims, ...], absolute: bool = Tr
     wide = features.to(compute_dtype(features))
     wide = wide.abs() if absolute else wide
     return {d: wide.mean(d) for d in dims}
-
-
-def require_maps(maps: object, dims: tuple[Dims, ...], student: Tensor, teacher: Tensor) -> None:
-    """`None`, or what :func:`attention_maps` gives for each side."""
-    if maps is None:
-        return
-    if not isinstance(maps, tuple) or not all(isinstance(of_side, Mapping) for of_side in maps):
-        found = type(maps).__name__
-        raise TypeError(f"`maps` must be a (student's, teacher's) pair of mappings, got {found}.")
-    if len(maps) != 2 or not all(d in of_side for d in dims for of_side in maps):
-        keys = [list(of_side) for of_side in maps]
-        raise ValueError(f"`maps` must be two mappings with the keys {list(dims)}, got {keys}.")
-    for side, features in enumerate((student, teacher)):
-        for d in dims:
-            name, found = f"maps[{side}][{d}]", maps[side][d]
-            require_tensor(name, found)
-            shape = tuple(n for i, n in enumerate(features.shape) if i not in d)
-            require_shape(name, found, shape, "the shape")
-            require_same_device(name, found, "student", student)
 
 
 class _Means(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The losses compute in at least float32 with autocast off, whatever comes in."""
+"""The losses compute in at least float32 with autocast off, on tensors that autograd takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """`tensor`; a copy where it was made under `inference_mode`, as autograd saves no such one.
+
+    The compiler does not ask: what it saves is its own choice, and its error says what to do.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def full_precision(tensor: Tensor) -> Any:

@@ -18,7 +18,7 @@ from ._checks import (
     require_same_device,
     require_tensor,
 )
-from ._precision import compute_dtype, full_precision
+from ._precision import compute_dtype, full_precision, savable
 
 RESIZE_MODES = ("nearest", "area", "bilinear", "bicubic")
 
@@ -50,6 +50,38 @@ class Linear(nn.Linear):
         dtype = compute_dtype(input, self.weight)
         with full_precision(input):
             return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """A batch normalisation that starts as a constant 0, its weight and its bias being 0.
+
+    One value a channel is its own mean in training, so 0; it has no variance to put on record.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        require_same_device("features", input, "loss", self.weight)
+        dtype = compute_dtype(input, self.weight)
+        input, weight, bias = input.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        if self.training and input.numel() == self.num_features:
+            return (input - input) * weight[:, None, None] + bias[:, None, None]
+        mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
+        result = F.batch_norm(
+            input, mean, variance, weight, bias, self.training, self.momentum, self.eps
+        )
+        if self.training:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
+            self.num_batches_tracked.add_(1)
+        return result
 
 
 @torch.no_grad()
@@ -109,6 +141,4 @@ def prepare_pair(
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)
     require_feature_pair(student, teacher, same_channels=False, names=names)
-    # Features made under `inference_mode` cannot be saved for a backward; a copy of them can.
-    inference = not torch.compiler.is_compiling() and teacher.is_inference()
-    return student, teacher.clone() if inference else teacher.detach()
+    return savable(student), savable(teacher.detach())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import require_count, require_flag, require_tensor
-from ._means import MAPS, attention_maps
+from ._means import MAPS, Maps, attention_maps
 from ._precision import compute_dtype
 from .adapters import prepare_pair, require_resize
 from .hyperparameters import Hyperparameters
@@ -141,6 +141,7 @@ class FeatureDistillationLoss(nn.Module):
                     inter_channels=widths[level],
                     subsample=factors[level],
                     residual=settings.residual,
+                    batch_norm=settings.batch_norm,
                     teacher_relation=settings.teacher_relation,
                     reduction=settings.reduction,
                     normalize=normalize,
@@ -160,14 +161,12 @@ class FeatureDistillationLoss(nn.Module):
                 ours[level], theirs[level], channels, self.resize, (at_level[0], at_level[1])
             )
         settings = self.hyperparameters
-        maps = {}
+        maps: dict[str, tuple[Maps, Maps]] = {}
         if self.attention_transfer and self.attention_masked and settings.absolute:
             # One reading of the features serves the attention transfer and the masks.
+            dims = MAPS["both"]
             for level, (student, teacher) in pairs.items():
-                dims = MAPS["both"]
-                maps[level] = {
-                    "maps": (attention_maps(student, dims), attention_maps(teacher, dims))
-                }
+                maps[level] = attention_maps(student, dims), attention_maps(teacher, dims)
         return {
             "attention_transfer": self._term(settings.alpha, self.attention_transfer, pairs, maps),
             "attention_masked": self._term(settings.beta, self.attention_masked, pairs, maps),
@@ -179,15 +178,15 @@ class FeatureDistillationLoss(nn.Module):
         weight: float,
         losses: nn.ModuleDict,
         pairs: dict[str, tuple[Tensor, Tensor]],
-        options: dict[str, dict[str, Any]],
+        maps: dict[str, tuple[Maps, Maps]],
     ) -> Tensor:
         if not losses:
             student, _ = pairs[self.levels[0]]
             return torch.zeros((), dtype=compute_dtype(student), device=student.device)
-        values = [
-            losses[_module_name(level)](*pair, **options.get(level, {}))
-            for level, pair in pairs.items()
-        ]
+        values = []
+        for level, pair in pairs.items():
+            loss: Any = losses[_module_name(level)]
+            values.append(loss._of_pair(*pair, maps[level]) if maps else loss(*pair))
         return float(weight) * torch.stack(values).sum(0)
 
     def _levels_of(self, name: str, features: Features) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ from ._checks import require_choice, require_flag, require_number
 from ._means import Attention
 from ._reduction import Reduction, require_reduction
 from .attention import Fusion
-from .non_local import Kind, TeacherRelation
+from .non_local import Kind, TeacherRelation, require_block
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Hyperparameters:
         masked_attention: the attention masks in L_AM, likewise.
         kind: of the relation in L_NLD. The formula of section 3.2 has the factor 1/N that the dot
             product and the concatenation carry; the released code takes the dot product.
-        residual, teacher_relation: see :class:`featkd.NonLocalLoss`.
+        residual, batch_norm, teacher_relation: see :class:`featkd.NonLocalLoss`.
         normalize: see :class:`featkd.FeatureDistillationLoss`.
 
     Raises:
@@ -52,6 +52,7 @@ class Hyperparameters:
     masked_attention: Attention = "both"
     kind: Kind = "dot_product"
     residual: bool = False
+    batch_norm: bool = False
     teacher_relation: TeacherRelation = "fixed"
     normalize: bool = False
 
@@ -65,8 +66,8 @@ class Hyperparameters:
         require_choice("transfer_attention", self.transfer_attention, get_args(Attention))
         require_choice("masked_attention", self.masked_attention, get_args(Attention))
         require_choice("kind", self.kind, get_args(Kind))
-        require_flag("residual", self.residual)
         require_choice("teacher_relation", self.teacher_relation, get_args(TeacherRelation))
+        require_block(self.residual, self.batch_norm, self.teacher_relation)
         require_flag("normalize", self.normalize)
 
 
@@ -103,6 +104,7 @@ RELEASED_TWO_STAGE = Hyperparameters(
     reduction="norm",
     masked_attention="spatial",
     residual=True,
+    batch_norm=True,
     teacher_relation="trained",
 )
 """As the authors' code runs two-stage detectors (5 FPN levels, subsample 8, 4, 2, 2, 2)."""
@@ -116,6 +118,7 @@ RELEASED_ONE_STAGE = Hyperparameters(
     absolute=False,
     reduction="norm",
     residual=True,
+    batch_norm=True,
     teacher_relation="trained",
 )
 """As the authors' code runs one-stage detectors (5 FPN levels, subsample 8, 4, 2, 2, 2)."""

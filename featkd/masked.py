@@ -24,7 +24,6 @@ from ._means import (
     Attention,
     Maps,
     attention_maps,
-    require_maps,
 )
 from ._reduction import Reduction, reduce_distances, relative_to, require_reduction
 from .adapters import (
@@ -160,14 +159,16 @@ class AttentionMaskedLoss(nn.Module):
             f"resize={self.resize!r}, normalize={self.normalize}"
         )
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
-    ) -> Tensor:
-        """`maps`: both sides' attention maps, where the caller has them already."""
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         channels = self.student_channels, self.teacher_channels
-        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+        return self._of_pair(*prepare_pair(student, teacher, channels, self.resize))
+
+    def _of_pair(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None = None
+    ) -> Tensor:
+        """The loss of a prepared pair; `maps` where the caller has the attention maps of both."""
         adapted = self.adapter(student)
-        spatial_mask, channel_mask = self.masks(student, adapted, teacher, maps)
+        spatial_mask, channel_mask = self._masks(student, adapted, teacher, maps)
         loss = attention_masked_loss(
             adapted, teacher, spatial_mask=spatial_mask, channel_mask=channel_mask, reduction="none"
         )
@@ -176,20 +177,21 @@ class AttentionMaskedLoss(nn.Module):
             loss = relative_to(loss, norm)
         return reduce_distances(loss, self.reduction)
 
-    @torch.no_grad()
     def masks(
-        self,
-        student: Tensor,
-        adapted: Tensor,
-        teacher: Tensor,
-        maps: tuple[Maps, Maps] | None = None,
+        self, student: Tensor, adapted: Tensor, teacher: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
-        dims = MAPS[self.attention]
         require_channels("student", student, self.student_channels)
         require_feature_pair(adapted, teacher, same_channels=True, names=("adapted", "teacher"))
         require_feature_pair(student, teacher, same_channels=False)
-        require_maps(maps, dims, student, teacher)
+        return self._masks(student, adapted, teacher, None)
+
+    def _masks(
+        self, student: Tensor, adapted: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # Detached, not `no_grad`: forward mode goes on through that.
+        student, adapted, teacher = student.detach(), adapted.detach(), teacher.detach()
+        dims = MAPS[self.attention]
         one_channel_index = self.student_channels == self.teacher_channels
         if maps is None:
             of_student = dims if one_channel_index else tuple(d for d in dims if d == OVER_CHANNELS)
@@ -198,7 +200,12 @@ class AttentionMaskedLoss(nn.Module):
         if not one_channel_index and OVER_POSITIONS in dims:
             ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
         masks = {
-            d: attention_mask(ours[d], theirs[d], temperature=self.temperature, fusion=self.fusion)
+            d: attention_mask(
+                ours[d].detach(),
+                theirs[d].detach(),
+                temperature=self.temperature,
+                fusion=self.fusion,
+            )
             for d in dims
         }
         return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import require_choice, require_count, require_flag, require_same_device
+from ._precision import savable
 from ._reduction import Reduction, norm_per_image, reduce_distances, relative_to, require_reduction
 from .adapters import (
+    BatchNorm2d,
     Conv2d,
     prepare_pair,
     require_channel_counts,
@@ -40,6 +40,9 @@ class NonLocalRelation(nn.Module):
         inter_channels: D, the width of theta, phi and g; default C // 2, at least 1.
         subsample: keys and values are max-pooled by this factor (a smaller map, to one key).
         residual: return W(r) + x with a 1x1 convolution W (the released code) in place of r alone.
+        batch_norm: W ends with a batch normalisation whose weight and bias start at 0 (the released
+            code), so that the block starts as the identity; needs `residual`. While it trains, the
+            images of a batch share its statistics.
 
     Shape: `(B, C, H, W) -> (B, D, H, W)`, with `residual` `-> (B, C, H, W)`; float32 or wider.
 
@@ -59,6 +62,7 @@ class NonLocalRelation(nn.Module):
         inter_channels: int | None = None,
         subsample: int = 1,
         residual: bool = False,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         require_count("in_channels", in_channels)
@@ -66,17 +70,19 @@ class NonLocalRelation(nn.Module):
         if inter_channels is not None:
             require_count("inter_channels", inter_channels)
         require_count("subsample", subsample)
-        require_flag("residual", residual)
+        require_block(residual, batch_norm)
         self.in_channels = in_channels
         self.kind: Kind = kind
         self.inter_channels = inter_channels or max(in_channels // 2, 1)
         self.subsample = subsample
         self.residual = residual
+        self.batch_norm = batch_norm
         width = 1 if kind == "concatenation" else self.inter_channels
         self.theta = _embedding(in_channels, width) if kind != "gaussian" else None
         self.phi = _embedding(in_channels, width) if kind != "gaussian" else None
         self.g = _embedding(in_channels, self.inter_channels)
         self.conv_out = _embedding(self.inter_channels, in_channels) if residual else None
+        self.norm_out = BatchNorm2d(in_channels) if batch_norm else None
 
     @property
     def out_channels(self) -> int:
@@ -85,12 +91,13 @@ class NonLocalRelation(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, kind={self.kind!r}, inter_channels={self.inter_channels}, "
-            f"subsample={self.subsample}, residual={self.residual}"
+            f"subsample={self.subsample}, residual={self.residual}, batch_norm={self.batch_norm}"
         )
 
     def forward(self, features: Tensor) -> Tensor:
         require_channels("features", features, self.in_channels)
         require_same_device("features", features, "NonLocalRelation", self.g.weight)
+        features = savable(features)
         theta = features if self.theta is None else self.theta(features)
         phi = self._pool(features if self.phi is None else self.phi(features))
         g = self._pool(self.g(features))
@@ -100,12 +107,31 @@ class NonLocalRelation(nn.Module):
             relation = concatenation_relation(theta, phi, g)
         else:
             relation = embedded_gaussian_relation(theta, phi, g)
-        return relation if self.conv_out is None else self.conv_out(relation) + features
+        if self.conv_out is None:
+            return relation
+        relation = self.conv_out(relation)
+        if self.norm_out is not None:
+            relation = self.norm_out(relation)
+        return relation + features
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.subsample == 1:
             return x
         return F.max_pool2d(x, [min(self.subsample, size) for size in x.shape[2:]])
+
+
+def require_block(
+    residual: object, batch_norm: object, teacher_relation: TeacherRelation = "trained"
+) -> None:
+    require_flag("residual", residual)
+    require_flag("batch_norm", batch_norm)
+    if batch_norm and not residual:
+        raise ValueError("`batch_norm` must be False without `residual`, got True.")
+    if batch_norm and teacher_relation == "fixed":
+        raise ValueError(
+            "`batch_norm` must be False with `teacher_relation` 'fixed', as that block would stay "
+            "the identity it starts as, got True."
+        )
 
 
 def _embedding(in_channels: int, out_channels: int) -> Conv2d:
@@ -127,8 +153,9 @@ class NonLocalLoss(nn.Module):
         student_channels: C_S.
         teacher_channels: C_T. Where it equals C_S the student's relation starts as a copy of the
             teacher's and the adapter as the identity, so that equal features start at loss 0.
-        kind, inter_channels, subsample, residual: as in :class:`NonLocalRelation`, for both sides.
-        teacher_relation: `"fixed"` or `"trained"`.
+        kind, inter_channels, subsample, residual, batch_norm: as in :class:`NonLocalRelation`, for
+            both sides.
+        teacher_relation: `"fixed"` or `"trained"`, which `batch_norm` needs.
         reduction: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
@@ -153,6 +180,7 @@ class NonLocalLoss(nn.Module):
         inter_channels: int | None = None,
         subsample: int = 1,
         residual: bool = False,
+        batch_norm: bool = False,
         teacher_relation: TeacherRelation = "fixed",
         reduction: Reduction = "mean",
         resize: str | None = None,
@@ -161,6 +189,7 @@ class NonLocalLoss(nn.Module):
         super().__init__()
         require_channel_counts(student_channels, teacher_channels)
         require_choice("teacher_relation", teacher_relation, get_args(TeacherRelation))
+        require_block(residual, batch_norm, teacher_relation)
         require_reduction(reduction)
         require_resize(resize)
         require_flag("normalize", normalize)
@@ -178,6 +207,7 @@ class NonLocalLoss(nn.Module):
                 inter_channels=inter_channels,
                 subsample=subsample,
                 residual=residual,
+                batch_norm=batch_norm,
             )
 
         self.student_relation = relation(student_channels)
@@ -200,9 +230,9 @@ class NonLocalLoss(nn.Module):
         channels = self.student_channels, self.teacher_channels
         student, teacher = prepare_pair(student, teacher, channels, self.resize)
         ours = self.adapter(self.student_relation(student))
-        # A frozen parameter may be unfrozen from outside; the target stays fixed all the same.
-        with nullcontext() if self.trained else torch.no_grad():
-            theirs = self.teacher_relation(teacher)
+        theirs = self.teacher_relation(teacher)
+        if not self.trained:  # even where its parameters are unfrozen from outside
+            theirs = theirs.detach()
         if not self.normalize:
             return non_local_loss(ours, theirs, reduction=self.reduction)
         distances = non_local_loss(ours, theirs, reduction="none")

@@ -7,7 +7,7 @@ from torch import Tensor
 from ._checks import require_number, require_same_device, require_tensor
 from ._kernels import attend, rectified_sum
 from ._masked_norm import masked_norm
-from ._precision import compute_dtype, full_precision
+from ._precision import compute_dtype, full_precision, savable
 from ._reduction import Reduction, reduce_distances, require_reduction
 
 
@@ -43,7 +43,8 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
                   [1.5000, 1.5000]]]])
     """
     _require_positions("features", features)
-    wide = features.to(compute_dtype(features))  # here, so that its gradient is rounded once
+    # Here, so that its gradient is rounded once.
+    wide = savable(features).to(compute_dtype(features))
     return embedded_gaussian_relation(wide, wide, g)
 
 
@@ -86,7 +87,7 @@ def embedded_gaussian_relation(
     _require_relation(theta, phi, g)
     require_number("scale", scale)
     dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2).mT for x in (theta, phi, g))
+    query, key, value = (savable(x).to(dtype).flatten(2).mT for x in (theta, phi, g))
     return _at_positions(attend(query, key, value, float(scale)).mT, theta)
 
 
@@ -125,7 +126,7 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """
     _require_relation(theta, phi, g)
     dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
+    query, key, value = (savable(x).to(dtype).flatten(2) for x in (theta, phi, g))
     with full_precision(query):
         context = value @ key.mT / key.shape[2]
         return _at_positions(context @ query, theta)
@@ -173,7 +174,7 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
             f"`theta` must have the shape (B, 1, *positions), got {tuple(theta.shape)}."
         )
     dtype = compute_dtype(theta, phi, g)
-    query, key, value = (x.to(dtype).flatten(2) for x in (theta, phi, g))
+    query, key, value = (savable(x).to(dtype).flatten(2) for x in (theta, phi, g))
     return _at_positions(rectified_sum(query[:, 0], key[:, 0], value / key.shape[2]), theta)
 
 

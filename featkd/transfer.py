@@ -16,7 +16,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
-from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps, require_maps
+from ._means import MAPS, OVER_CHANNELS, Attention, Dims, Maps, attention_maps
 from ._precision import full_precision
 from ._reduction import (
     Reduction,
@@ -199,16 +199,16 @@ class AttentionTransferLoss(nn.Module):
             f"normalize={self.normalize}"
         )
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, maps: tuple[Maps, Maps] | None = None
-    ) -> Tensor:
-        """`maps`: both sides' attention maps, where the caller has them already."""
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         channels = self.student_channels, self.teacher_channels
-        student, teacher = prepare_pair(student, teacher, channels, self.resize)
+        return self._of_pair(*prepare_pair(student, teacher, channels, self.resize))
+
+    def _of_pair(
+        self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None = None
+    ) -> Tensor:
+        """The loss of a prepared pair; `maps` where the caller has the attention maps of both."""
         dims = MAPS[self.attention]
-        require_maps(maps, dims, student, teacher)
         ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
-        distances = _distances(
-            dims, ours, theirs, self.spatial_adapter, self.channel_adapter, self.normalize
-        )
+        adapters = self.spatial_adapter, self.channel_adapter
+        distances = _distances(dims, ours, theirs, *adapters, self.normalize)
         return _sum_reduced(distances, self.reduction)
