@@ -16,8 +16,8 @@ from .functional import (
 from .losses.attention import AttentionMask, ChannelAttention, SpatialAttention
 from .losses.masked import AttentionMaskedLoss
 from .losses.non_local import NonLocalLoss
+from .losses.non_local_block import NonLocalRelation
 from .losses.overall import FeatureDistillationLoss
-from .losses.relation import NonLocalRelation
 from .losses.transfer import AttentionTransferLoss
 from .matching import Layer, LayerMatch, match_layers
 from .presets import (

@@ -15,6 +15,7 @@ from .losses._options import (
     Kind,
     Reduction,
     TeacherRelation,
+    require_block,
     require_reduction,
 )
 
@@ -35,7 +36,7 @@ class Hyperparameters:
         masked_attention: the attention masks in L_AM, likewise.
         kind: of the relation in L_NLD. The formula of section 3.2 has the factor 1/N that the dot
             product and the concatenation carry; the released code takes the dot product.
-        residual, teacher_relation: see :class:`featkd.NonLocalLoss`.
+        residual, batch_norm, teacher_relation: see :class:`featkd.NonLocalLoss`.
         normalize: see :class:`featkd.FeatureDistillationLoss`.
 
     Raises:
@@ -59,6 +60,7 @@ class Hyperparameters:
     masked_attention: Attention = "both"
     kind: Kind = "dot_product"
     residual: bool = False
+    batch_norm: bool = False
     teacher_relation: TeacherRelation = "fixed"
     normalize: bool = False
 
@@ -72,8 +74,8 @@ class Hyperparameters:
         require_choice("transfer_attention", self.transfer_attention, ATTENTIONS)
         require_choice("masked_attention", self.masked_attention, ATTENTIONS)
         require_choice("kind", self.kind, KINDS)
-        require_flag("residual", self.residual)
         require_choice("teacher_relation", self.teacher_relation, TEACHER_RELATIONS)
+        require_block(self.residual, self.batch_norm, self.teacher_relation)
         require_flag("normalize", self.normalize)
 
 
@@ -110,6 +112,7 @@ RELEASED_TWO_STAGE = Hyperparameters(
     reduction="norm",
     masked_attention="spatial",
     residual=True,
+    batch_norm=True,
     teacher_relation="trained",
 )
 """As the authors' code runs two-stage detectors (5 FPN levels, subsample 8, 4, 2, 2, 2)."""
@@ -123,6 +126,7 @@ RELEASED_ONE_STAGE = Hyperparameters(
     absolute=False,
     reduction="norm",
     residual=True,
+    batch_norm=True,
     teacher_relation="trained",
 )
 """As the authors' code runs one-stage detectors (5 FPN levels, subsample 8, 4, 2, 2, 2)."""

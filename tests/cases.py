@@ -262,8 +262,9 @@ class ModuleCase:
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
-        for index, value in enumerate(module.state_dict().values()):
-            value.copy_(normal(*value.shape, seed=1000 * seed + index))
+        for index, (name, value) in enumerate(module.state_dict().items()):
+            number = normal(*value.shape, seed=1000 * seed + index)
+            value.copy_(number.exp() if name.endswith("running_var") else number)
 
 
 def l2(student: Tensor, teacher: Tensor) -> Tensor:

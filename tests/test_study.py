@@ -194,7 +194,7 @@ def test_masks_of_centred_attention_do_not_see_what_all_positions_have() -> None
     loss, plain = (
         masked(**settings).attention_masked["c3"] for settings in ({"masks": "centred"}, {})
     )
-    torch.testing.assert_close(loss.masks(*shifted, None), plain.masks(*centred, None))
+    torch.testing.assert_close(loss._masks(*shifted, None), plain._masks(*centred, None))
 
 
 def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:

@@ -40,6 +40,37 @@ class Linear(nn.Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """A batch normalisation that starts as a constant 0, its weight and its bias being 0.
+
+    One value a channel is its own mean in training, so 0; it has no variance to put on record.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = compute_dtype(input, self.weight)
+        input, weight, bias = input.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        if self.training and input.numel() == self.num_features:
+            return (input - input) * weight[:, None, None] + bias[:, None, None]
+        mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
+        result = F.batch_norm(
+            input, mean, variance, weight, bias, self.training, self.momentum, self.eps
+        )
+        if self.training:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
+            self.num_batches_tracked.add_(1)
+        return result
+
+
 @torch.no_grad()
 def start_as_identity(layer: nn.Conv2d | nn.Linear) -> None:
     """Zero bias; the identity where the layer keeps the channel count, else torch's own start."""

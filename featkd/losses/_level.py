@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from .._checks import (
     require_same_batch,
     require_same_device,
 )
-from ._numerics import compute_dtype, reduced
+from ._numerics import compute_dtype, reduced, savable
 from ._options import Reduction, require_reduction, require_resize
 from .attention import Maps
 
@@ -107,6 +106,4 @@ def admit(
     require_same_batch(names[0], student, names[1], teacher)
     if weight is not None:
         require_same_device(names[0], student, "loss", weight)
-    # Features made under `inference_mode` cannot be saved for a backward; a copy of them can.
-    inference = not torch.compiler.is_compiling() and teacher.is_inference()
-    return student, teacher.clone() if inference else teacher.detach()
+    return savable(student), savable(teacher.detach())

@@ -20,6 +20,16 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """`tensor`; a copy where it was made under `inference_mode`, as autograd saves no such one.
+
+    The compiler does not ask: what it saves is its own choice, and its error says what to do.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def full_precision(tensor: Tensor) -> Any:
     """A context in which matrix products and convolutions on `tensor`'s device are not autocast."""
     device = tensor.device.type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from .._checks import require_choice
+from .._checks import require_choice, require_flag
 
 Attention = Literal["both", "spatial", "channel"]
 Fusion = Literal["logits", "probabilities"]
@@ -28,3 +28,18 @@ def require_reduction(reduction: object) -> None:
 def require_resize(resize: object) -> None:
     if resize is not None:
         require_choice("resize", resize, RESIZE_MODES)
+
+
+def require_block(
+    residual: object, batch_norm: object, teacher_relation: TeacherRelation = "trained"
+) -> None:
+    """The non-local block's options, which are not all free of each other."""
+    require_flag("residual", residual)
+    require_flag("batch_norm", batch_norm)
+    if batch_norm and not residual:
+        raise ValueError("`batch_norm` must be False without `residual`, got True.")
+    if batch_norm and teacher_relation == "fixed":
+        raise ValueError(
+            "`batch_norm` must be False with `teacher_relation` 'fixed', as that block would stay "
+            "the identity it starts as, got True."
+        )

@@ -116,8 +116,8 @@ def attention_mask(
     :math:`M^s` (n = HW) and channel maps give :math:`M^c` (n = C). `fusion="probabilities"` is the
     authors' released code: the mean of the two separate softmaxes.
 
-    Nothing is detached here: build masks under `torch.no_grad()`, or detach them, where they are
-    to be constants (the modules do).
+    Nothing is detached here: detach the maps where masks are to be constants (the modules do;
+    `torch.no_grad()` alone lets forward mode through).
 
     Args:
         student_attention: `(B, H, W)`, `(B, C)` or any `(B, ...)`; -inf leaves an element out.

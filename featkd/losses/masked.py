@@ -18,7 +18,7 @@ from ._adapters import Conv2d
 from ._blocks import takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, weighted_distance
 from ._level import LevelLoss
-from ._numerics import compute_dtype, reduced, relative_to, root
+from ._numerics import compute_dtype, reduced, relative_to, root, savable
 from ._options import ATTENTIONS, FUSIONS, Attention, Fusion, Reduction, require_reduction
 from .attention import MAPS, Maps, attention_maps, fused_mask
 
@@ -76,7 +76,8 @@ def attention_masked_loss(
         _require_mask("spatial_mask", spatial_mask, (images, *size), student)
     if channel_mask is not None:
         _require_mask("channel_mask", channel_mask, (images, channels), student)
-    return reduced(masked_distance(student, teacher, spatial_mask, channel_mask), reduction)
+    masks = (None if mask is None else savable(mask) for mask in (spatial_mask, channel_mask))
+    return reduced(masked_distance(savable(student), savable(teacher), *masks), reduction)
 
 
 def masked_distance(
@@ -167,10 +168,11 @@ class AttentionMaskedLoss(LevelLoss):
         require_feature_pair(student, teacher, same_channels=False)
         return self._masks(student, adapted, teacher, None)
 
-    @torch.no_grad()
     def _masks(
         self, student: Tensor, adapted: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        # Detached, not `no_grad`: forward mode goes on through that.
+        student, adapted, teacher = student.detach(), adapted.detach(), teacher.detach()
         dims = MAPS[self.attention]
         one_channel_index = self.student_channels == self.teacher_channels
         if maps is None:
@@ -179,5 +181,8 @@ class AttentionMaskedLoss(LevelLoss):
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
             ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
-        masks = {d: fused_mask(ours[d], theirs[d], self.temperature, self.fusion) for d in dims}
+        masks = {
+            d: fused_mask(ours[d].detach(), theirs[d].detach(), self.temperature, self.fusion)
+            for d in dims
+        }
         return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
 from .._checks import require_choice, require_same_device
@@ -12,10 +9,18 @@ from ._adapters import Conv2d
 from ._blocks import takes_closed_form
 from ._closed_forms import weighted_distance
 from ._level import LevelLoss
-from ._numerics import compute_dtype, norm_per_image, reduced, relative_to
-from ._options import TEACHER_RELATIONS, Kind, Reduction, TeacherRelation, require_reduction
+from ._numerics import compute_dtype, norm_per_image, reduced, relative_to, savable
+from ._options import (
+    TEACHER_RELATIONS,
+    Kind,
+    Reduction,
+    TeacherRelation,
+    require_block,
+    require_reduction,
+)
 from .attention import Maps
-from .relation import NonLocalRelation, require_positions
+from .non_local_block import NonLocalRelation
+from .relation import require_positions
 
 
 def non_local_loss(
@@ -61,7 +66,8 @@ def non_local_loss(
             f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}."
         )
     require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
-    return reduced(relation_distance(student_relation, teacher_relation), reduction)
+    relations = savable(student_relation), savable(teacher_relation)
+    return reduced(relation_distance(*relations), reduction)
 
 
 def relation_distance(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -83,8 +89,9 @@ class NonLocalLoss(LevelLoss):
         student_channels: C_S.
         teacher_channels: C_T. Where it equals C_S the student's relation starts as a copy of the
             teacher's and the adapter as the identity, so that equal features start at loss 0.
-        kind, inter_channels, subsample, residual: as in :class:`NonLocalRelation`, for both sides.
-        teacher_relation: `"fixed"` or `"trained"`.
+        kind, inter_channels, subsample, residual, batch_norm: as in :class:`NonLocalRelation`, for
+            both sides.
+        teacher_relation: `"fixed"` or `"trained"`, which `batch_norm` needs.
         reduction: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
@@ -109,6 +116,7 @@ class NonLocalLoss(LevelLoss):
         inter_channels: int | None = None,
         subsample: int = 1,
         residual: bool = False,
+        batch_norm: bool = False,
         teacher_relation: TeacherRelation = "fixed",
         reduction: Reduction = "mean",
         resize: str | None = None,
@@ -116,6 +124,7 @@ class NonLocalLoss(LevelLoss):
     ) -> None:
         super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
         require_choice("teacher_relation", teacher_relation, TEACHER_RELATIONS)
+        require_block(residual, batch_norm, teacher_relation)
         self.trained = teacher_relation == "trained"
 
         def relation(channels: int) -> NonLocalRelation:
@@ -125,6 +134,7 @@ class NonLocalLoss(LevelLoss):
                 inter_channels=inter_channels,
                 subsample=subsample,
                 residual=residual,
+                batch_norm=batch_norm,
             )
 
         self.student_relation = relation(student_channels)
@@ -145,10 +155,10 @@ class NonLocalLoss(LevelLoss):
     def _distances(
         self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
     ) -> list[Tensor]:
-        ours = self.adapter(self.student_relation.of_checked(student))
-        # A frozen parameter may be unfrozen from outside; the target stays fixed all the same.
-        with nullcontext() if self.trained else torch.no_grad():
-            theirs = self.teacher_relation.of_checked(teacher)
+        ours = self.adapter(self.student_relation(student))
+        theirs = self.teacher_relation(teacher)
+        if not self.trained:  # even where its parameters are unfrozen from outside
+            theirs = theirs.detach()
         distance = relation_distance(ours, theirs)
         if self.normalize:
             distance = relative_to(distance, norm_per_image(theirs))

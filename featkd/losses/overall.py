@@ -142,6 +142,7 @@ class FeatureDistillationLoss(nn.Module):
                     inter_channels=widths[level],
                     subsample=factors[level],
                     residual=settings.residual,
+                    batch_norm=settings.batch_norm,
                     teacher_relation=settings.teacher_relation,
                     reduction=settings.reduction,
                     normalize=normalize,

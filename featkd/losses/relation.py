@@ -1,22 +1,11 @@
-"""The four non-local relations of the positions of a feature map, as functions and as a module."""
+"""The four non-local relations of the positions of a feature map."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import (
-    require_channels,
-    require_choice,
-    require_count,
-    require_flag,
-    require_number,
-    require_same_device,
-    require_tensor,
-)
-from ._adapters import Conv2d
-from ._numerics import compute_dtype, full_precision
-from ._options import KINDS, Kind
+from .._checks import require_number, require_same_device, require_tensor
+from ._numerics import compute_dtype, full_precision, savable
 from ._pairs import attend, rectified_sum
 
 
@@ -52,7 +41,8 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
                   [1.5000, 1.5000]]]])
     """
     require_positions("features", features)
-    wide = features.to(compute_dtype(features))  # here, so that its gradient is rounded once
+    # Here, so that its gradient is rounded once.
+    wide = savable(features).to(compute_dtype(features))
     return embedded_gaussian_relation(wide, wide, g)
 
 
@@ -94,7 +84,7 @@ def embedded_gaussian_relation(
     """
     _require_relation(theta, phi, g)
     require_number("scale", scale)
-    return _embedded_gaussian(theta, phi, g, float(scale))
+    return embedded_gaussian(theta, phi, g, float(scale))
 
 
 def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -131,7 +121,7 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         tensor([[[3.5000, 7.0000]]])
     """
     _require_relation(theta, phi, g)
-    return _dot_product(theta, phi, g)
+    return dot_product(theta, phi, g)
 
 
 def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -175,22 +165,22 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         raise ValueError(
             f"`theta` must have the shape (B, 1, *positions), got {tuple(theta.shape)}."
         )
-    return _concatenation(theta, phi, g)
+    return concatenation(theta, phi, g)
 
 
-def _embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
     query, key, value = (x.mT for x in _flat(theta, phi, g))
     return _at_positions(attend(query, key, value, scale).mT, theta)
 
 
-def _dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     query, key, value = _flat(theta, phi, g)
     with full_precision(query):
         context = value @ key.mT / key.shape[2]
         return _at_positions(context @ query, theta)
 
 
-def _concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     query, key, value = _flat(theta, phi, g)
     return _at_positions(rectified_sum(query[:, 0], key[:, 0], value / key.shape[2]), theta)
 
@@ -198,7 +188,7 @@ def _concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 def _flat(*tensors: Tensor) -> list[Tensor]:
     """Each as `(B, width, positions)`, in the widest dtype."""
     dtype = compute_dtype(*tensors)
-    return [x.to(dtype).flatten(2) for x in tensors]
+    return [savable(x).to(dtype).flatten(2) for x in tensors]
 
 
 def _at_positions(flat: Tensor, like: Tensor) -> Tensor:
@@ -228,95 +218,3 @@ def _require_relation(theta: Tensor, phi: Tensor, g: Tensor) -> None:
             f"`g` must have the batch and positions of `phi` {tuple(phi.shape)}, "
             f"got {tuple(g.shape)}."
         )
-
-
-_OF_EMBEDDINGS = {
-    "gaussian": _embedded_gaussian,
-    "embedded_gaussian": _embedded_gaussian,
-    "dot_product": _dot_product,
-    "concatenation": _concatenation,
-}
-
-
-class NonLocalRelation(nn.Module):
-    r"""Non-local block: a relation of a map's positions, with theta, phi, g by 1x1 convolutions.
-
-    Args:
-        in_channels: C.
-        kind: `"gaussian"`, `"embedded_gaussian"`, `"dot_product"` or `"concatenation"`: see
-            :func:`featkd.functional.gaussian_relation` and its three neighbours. The last folds
-            :math:`w \cdot [\theta(x_i), \phi(x_j)]` into one output channel each for theta and phi.
-        inter_channels: D, the width of theta, phi and g; default C // 2, at least 1.
-        subsample: keys and values are max-pooled by this factor (a smaller map, to one key).
-        residual: return W(r) + x with a 1x1 convolution W (the released code) in place of r alone.
-
-    Shape: `(B, C, H, W) -> (B, D, H, W)`, with `residual` `-> (B, C, H, W)`; float32 or wider.
-
-    Reference: Zhang & Ma (ICLR 2021), section 3.2 and figure 2c; Wang et al. (CVPR 2018).
-
-    Example:
-        >>> import torch
-        >>> NonLocalRelation(16, kind="dot_product")(torch.randn(2, 16, 8, 12)).shape
-        torch.Size([2, 8, 8, 12])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        kind: Kind,
-        inter_channels: int | None = None,
-        subsample: int = 1,
-        residual: bool = False,
-    ) -> None:
-        super().__init__()
-        require_count("in_channels", in_channels)
-        require_choice("kind", kind, KINDS)
-        if inter_channels is not None:
-            require_count("inter_channels", inter_channels)
-        require_count("subsample", subsample)
-        require_flag("residual", residual)
-        self.in_channels = in_channels
-        self.kind: Kind = kind
-        self.inter_channels = inter_channels or max(in_channels // 2, 1)
-        self.subsample = subsample
-        self.residual = residual
-        width = 1 if kind == "concatenation" else self.inter_channels
-        self.theta = _embedding(in_channels, width) if kind != "gaussian" else None
-        self.phi = _embedding(in_channels, width) if kind != "gaussian" else None
-        self.g = _embedding(in_channels, self.inter_channels)
-        self.conv_out = _embedding(self.inter_channels, in_channels) if residual else None
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels if self.residual else self.inter_channels
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, kind={self.kind!r}, inter_channels={self.inter_channels}, "
-            f"subsample={self.subsample}, residual={self.residual}"
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        require_channels("features", features, self.in_channels)
-        require_same_device("features", features, "NonLocalRelation", self.g.weight)
-        return self.of_checked(features)
-
-    def of_checked(self, features: Tensor) -> Tensor:
-        theta = features if self.theta is None else self.theta(features)
-        phi = self._pool(features if self.phi is None else self.phi(features))
-        g = self._pool(self.g(features))
-        relation = _OF_EMBEDDINGS[self.kind](theta, phi, g)
-        return relation if self.conv_out is None else self.conv_out(relation) + features
-
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.subsample == 1:
-            return x
-        return F.max_pool2d(x, [min(self.subsample, size) for size in x.shape[2:]])
-
-
-def _embedding(in_channels: int, out_channels: int) -> Conv2d:
-    """A 1x1 convolution from a random start: an adapter's identity would tie theta, phi and g."""
-    layer = Conv2d(in_channels, out_channels, 1)
-    layer.reset_parameters()
-    return layer
