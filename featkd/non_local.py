@@ -109,10 +109,9 @@ class NonLocalRelation(nn.Module):
             relation = embedded_gaussian_relation(theta, phi, g)
         if self.conv_out is None:
             return relation
-        relation = self.conv_out(relation)
-        if self.norm_out is not None:
-            relation = self.norm_out(relation)
-        return relation + features
+        update = self.conv_out(relation)
+        result: Tensor = features + (update if self.norm_out is None else self.norm_out(update))
+        return result
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.subsample == 1:
