@@ -238,6 +238,7 @@ class ModuleCase:
     build: Callable[[], nn.Module]
     by_functions: Callable[[nn.Module, Tensor, Tensor], Tensor]
     teacher_channels: int = 4
+    images_apart: bool = True  # else torch.func.vmap takes no module
 
     def __str__(self) -> str:
         return self.name
@@ -347,7 +348,24 @@ def relation_by_functions(block: nn.Module, features: Tensor) -> Tensor:
     else:
         function = getattr(featkd, f"{block.kind}_relation")
         relation = function(block.theta(features), keys(block.phi(features)), g)
-    return block.conv_out(relation) + features if block.residual else relation
+    if not block.residual:
+        return relation
+    update = block.conv_out(relation)
+    return features + (normalized(block.norm_out, update) if block.batch_norm else update)
+
+
+def normalized(layer: nn.Module, features: Tensor) -> Tensor:
+    """A batch normalisation word for word: by the batch's statistics in training, else the kept."""
+    mean, variance = layer.running_mean, layer.running_var
+    if layer.training:
+        mean, variance = features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
+    scale = layer.weight / (variance + layer.eps).sqrt()
+    return (features - mean[:, None, None]) * scale[:, None, None] + layer.bias[:, None, None]
+
+
+def released_block(training: bool) -> nn.Module:
+    options = {"kind": "dot_product", "residual": True, "batch_norm": True}
+    return NON_LOCAL(4, 3, teacher_relation="trained", **options).train(training)
 
 
 def non_local_by_functions(module: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
@@ -468,6 +486,16 @@ MODULE_CASES = [
         3,
         kind="dot_product",
         teacher_relation="trained",
+    ),
+    ModuleCase(
+        "non_local-batch_norm", lambda: released_block(training=False), non_local_by_functions, 3
+    ),
+    ModuleCase(
+        "non_local-batch_norm-training",
+        lambda: released_block(training=True),
+        non_local_by_functions,
+        3,
+        images_apart=False,
     ),
     _module_case(
         "non_local-normalize",

@@ -32,7 +32,8 @@ def public() -> set[str]:
                 continue
             names |= {name} - RESULTS
             if inspect.isclass(value):
-                own = (k for k, v in vars(value).items() if inspect.isfunction(v))
+                ours = (base for base in value.__mro__ if base.__module__.startswith("featkd"))
+                own = {k for base in ours for k, v in vars(base).items() if inspect.isfunction(v)}
                 shown = {"extra_repr"}
                 names |= {f"{name}.{k}" for k in own if k[0] != "_" and k not in shown}
     return names | {"FeatureTap.__enter__"}

@@ -386,12 +386,14 @@ def build(name: str, right: Mapping[str, Any], wrong: Mapping[str, list[Wrong]])
     return Row(name, getattr(featkd, name), right, wrong, not_applicable=options)
 
 
+BATCH_NORM = [*FLAG, Wrong("no flag", True, ValueError, ("`batch_norm`", "`residual`"))]
 THREE_TWO = {"student_channels": 3, "teacher_channels": 2}
 RELATION = {
     "kind": CHOICE,
     "inter_channels": OPTIONAL_COUNT,
     "subsample": COUNT,
     "residual": FLAG,
+    "batch_norm": BATCH_NORM,
 }
 
 ENTIRE = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.TWO_STAGE)
@@ -465,6 +467,7 @@ CONSTRUCTORS = [
             "masked_attention": CHOICE,
             "kind": CHOICE,
             "residual": FLAG,
+            "batch_norm": BATCH_NORM,
             "teacher_relation": CHOICE,
             "normalize": FLAG,
         },
@@ -585,42 +588,6 @@ def of_module(module: nn.Module, names: tuple[str, str], **right: Any) -> Row:
     )
 
 
-def maps_cells(module: nn.Module, call: Callable[..., Any]) -> dict[str, Wrong]:
-    right = [
-        {(1,): f.spatial_attention(x), (2, 3): f.channel_attention(x)} for x in (MAP, MAP_OF_2)
-    ]
-    name = "`maps[1][(1,)]`"
-
-    def wrong(value: Any) -> tuple[Any, Any]:
-        return right[0], right[1] | {(1,): value}
-
-    def cell(kind: str, error: type[Exception], maps: Any, *mentions: Any) -> Wrong:
-        return refused(kind, error, partial(call, maps=maps), *mentions)
-
-    return {
-        "maps is a list": cell("levels", TypeError, right, "`maps`", "list"),
-        "maps holds tensors": cell("levels", TypeError, (MAP, MAP), "`maps`"),
-        "maps of three": cell("levels", ValueError, (*right, right[0]), "`maps`"),
-        "maps without a key": cell("levels", ValueError, (right[0], {}), "`maps`", "(1,)"),
-        "maps hold None": cell("no tensor", TypeError, wrong(None), name),
-        "maps hold integers": cell("dtype", TypeError, wrong(ATTENTION.long()), name),
-        "maps of another shape": cell(
-            "shape", ValueError, wrong(torch.ones(2, 5, 4)), name, (2, 4, 5), (2, 5, 4)
-        ),
-        "maps elsewhere": cell("device", ValueError, wrong(ATTENTION.to("meta")), "cpu", "meta"),
-    }
-
-
-def with_maps(row: Row, module: nn.Module) -> Row:
-    cells = maps_cells(module, partial(module, MAP, MAP_OF_2))
-    return replace(
-        row,
-        wrong={**row.wrong, "maps": []},
-        others={**row.others, **cells},
-        not_applicable=row.not_applicable - NO_LEVELS,
-    )
-
-
 TRANSFER = featkd.AttentionTransferLoss(3, 2)
 MASKED = featkd.AttentionMaskedLoss(3, 2, temperature=0.5)
 NON_LOCAL = featkd.NonLocalLoss(3, 2, kind="embedded_gaussian")
@@ -638,7 +605,6 @@ def masks_row() -> Row:
         "student": feature_map(MAP, {(2, 7, 4, 5): 3, (2, 3, 4, 6): shape, (1, 3, 4, 5): shape}),
         "adapted": feature_map(MAP_OF_2, dict.fromkeys(((2, 3, 4, 5), (1, 2, 4, 5)), shape)),
         "teacher": feature_map(MAP_OF_2, dict.fromkeys(((2, 3, 4, 5), (2, 2, 5, 4)), shape)),
-        "maps": [],
     }
     # The student's numbers concern the spatial mask alone, the adapted ones the channel mask.
     for side in ("student", "adapted"):
@@ -665,8 +631,7 @@ def masks_row() -> Row:
             with_it = partial(MASKED.masks, **right | {side: poisoned(right[side], value)})
             holds = lambda masks, which=which: not_hidden(masks[which])  # noqa: E731
             cells[f"{kind} in {side}"] = Wrong(kind, with_it, holds)
-    cells |= maps_cells(MASKED, partial(MASKED.masks, **right))
-    return Row("AttentionMaskedLoss.masks", MASKED.masks, right, wrong, cells, FORWARD - NO_LEVELS)
+    return Row("AttentionMaskedLoss.masks", MASKED.masks, right, wrong, cells, FORWARD)
 
 
 def total_row() -> Row:
@@ -724,8 +689,8 @@ CALLS = [
     one_tensor_module(featkd.ChannelAttention()),
     one_tensor_module(BLOCK),
     mask_row("AttentionMask.forward", partial(featkd.AttentionMask(0.5)), {}),
-    with_maps(of_module(TRANSFER, ("student", "teacher")), TRANSFER),
-    with_maps(of_module(MASKED, ("student", "teacher")), MASKED),
+    of_module(TRANSFER, ("student", "teacher")),
+    of_module(MASKED, ("student", "teacher")),
     masks_row(),
     of_module(NON_LOCAL, ("student", "teacher")),
     total_row(),

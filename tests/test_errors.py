@@ -1,6 +1,7 @@
 """Misuse that no single argument shows, and texts; the rest is in the table of `misuse.py`."""
 
 import copy
+import dataclasses
 import sys
 from functools import partial
 
@@ -79,7 +80,6 @@ MASKED = featkd.AttentionMaskedLoss(3, 3, temperature=0.5)
 OVERALL = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.NORMALIZED)
 RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
 NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
-MAPS = {(1,): torch.ones(2, 4, 5), (2, 3): torch.ones(2, 3)}
 CONVERT = partial(converts_by_side, levels=["c1"])
 RESIZED = "or be resized to them by the loss's argument `resize`"
 
@@ -226,21 +226,6 @@ TEXTS = {
     "`features` must be on the device of `NonLocalRelation` cpu, got meta.": (
         lambda: RELATION(3)(META)
     ),
-    "`maps` must be a (student's, teacher's) pair of mappings, got list.": (
-        lambda: TRANSFER(MAP, MAP, maps=[MAPS, MAPS])
-    ),
-    "`maps` must be two mappings with the keys [(1,), (2, 3)], got [[(1,), (2, 3)], []].": (
-        lambda: MASKED(MAP, MAP, maps=(MAPS, {}))
-    ),
-    "`maps` must be two mappings with the keys [(2, 3)], got [[(2, 3)], [(2, 3)], [(2, 3)]].": (
-        lambda: CHANNEL(MAP, MAP, maps=({(2, 3): MAPS[2, 3]},) * 3)
-    ),
-    "`maps[1][(2, 3)]` must have the shape (2, 3), got (2, 4, 5).": (
-        lambda: TRANSFER(MAP, MAP, maps=(MAPS, {**MAPS, (2, 3): MAPS[1,]}))
-    ),
-    "`maps[0][(1,)]` must be on the device of `student` cpu, got meta.": (
-        lambda: TRANSFER(MAP, MAP, maps=({**MAPS, (1,): MAPS[1,].to("meta")}, MAPS))
-    ),
     "`adapted` must have the shape of `teacher` (2, 3, 4, 5), got (2, 7, 4, 5).": (
         lambda: MASKED.masks(MAP, OTHER_CHANNELS, MAP)
     ),
@@ -256,6 +241,13 @@ TEXTS = {
     "got 'dot'.": lambda: featkd.NonLocalRelation(3, kind="dot"),
     "`inter_channels` must be at least 1, got 0.": lambda: RELATION(3, inter_channels=0),
     "`residual` must be True or False, got int.": lambda: RELATION(3, residual=1),
+    "`batch_norm` must be False without `residual`, got True.": (
+        lambda: RELATION(3, batch_norm=True)
+    ),
+    "`batch_norm` must be False with `teacher_relation` 'fixed', as that block would stay the "
+    "identity it starts as, got True.": (
+        lambda: dataclasses.replace(featkd.RELEASED_ONE_STAGE, teacher_relation="fixed")
+    ),
     "`teacher_relation` must be one of 'fixed', 'trained', got 'random'.": (
         lambda: NON_LOCAL(3, 3, teacher_relation="random")
     ),

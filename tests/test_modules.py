@@ -15,12 +15,14 @@ from cases import (
     FUSIONS,
     KINDS,
     MODULE_CASES,
+    SumOfTerms,
     close,
     normal,
     randomize,
     relation_by_functions,
 )
 from torch import nn
+from torch.autograd import forward_ad
 
 import featkd
 from featkd import (
@@ -34,15 +36,20 @@ from featkd import (
     NonLocalRelation,
     SpatialAttention,
 )
-from featkd.losses.attention import MAPS, attention_maps
 from featkd.losses._adapters import Conv2d, Linear
 from featkd.losses._options import RESIZE_MODES
+from featkd.losses.attention import MAPS
 
 each_case = pytest.mark.parametrize("case", MODULE_CASES, ids=str)
+APART = [case for case in MODULE_CASES if case.images_apart]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 # torch has no batching rule for its fused attention kernels yet: it loops, and says so.
 torch_loops = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+torch_scripts = pytest.mark.filterwarnings(  # torch's own, in forward mode
+    "ignore:.torch.jit.script. is deprecated:FutureWarning"
+)
 
 PLAIN = {
     "SpatialAttention": (SpatialAttention(absolute=False), "absolute=False"),
@@ -111,22 +118,6 @@ def test_a_loss_module_equals_its_functions(case):
     wanted = [student, *trained(module)]
     for a, b in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
         close(a, b)
-
-
-@pytest.mark.parametrize(
-    "build", [AttentionTransferLoss, partial(AttentionMaskedLoss, temperature=0.5)]
-)
-def test_maps_that_the_caller_has_are_the_ones_that_count(build):
-    loss = build(4, 4).double()
-    randomize(loss)
-    student, teacher, other = (normal(2, 4, 3, 5, seed=seed) for seed in range(3))
-    of_student, of_teacher, of_other = (
-        attention_maps(features, MAPS["both"]) for features in (student, teacher, other)
-    )
-    expected = loss(student, teacher)
-    close(loss(student, teacher, maps=(of_student, of_teacher)), expected, 0.0)
-    changed = loss(student, teacher, maps=(of_other, of_teacher))
-    assert not torch.isclose(changed, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("inter_channels", [None, 1, 7])
@@ -257,14 +248,28 @@ def test_the_gradient_reaches_student_and_adapters_only(case):
 
 
 @each_case
-def test_masks_and_teacher_may_come_from_inference_or_no_grad(case):
-    module, (student, teacher) = case.module(), case.features()
-    expected = module(student, teacher)
-    assert expected.requires_grad
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_that_was_run_under_inference_mode_gives_the_same(case, side):
+    module, features = case.module(), leaves(case.features())
+    value = module(*features)
     with torch.inference_mode():
-        frozen = teacher.clone()
-    close(module(student.requires_grad_(), frozen), expected)
-    module(student, frozen).sum().backward()
+        frozen = [x.clone() if index == side else x for index, x in enumerate(features)]
+    found = module(*frozen)
+    close(found, value, 0.0)
+    wanted = [features[1 - side], *trained(module)]
+    for a, b in zip(gradients(found, wanted), gradients(value, wanted), strict=True):
+        close(a, b, 0.0)
+
+
+@each_kind
+def test_a_relation_takes_features_that_were_made_under_inference_mode(kind):
+    block, features = NonLocalRelation(4, kind=kind, residual=True).double(), normal(2, 4, 3, 5)
+    with torch.inference_mode():
+        frozen = features.clone()
+    close(block(frozen), block(features), 0.0)
+    found, expected = (gradients(block(x), trained(block)) for x in (frozen, features))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 0.0)
 
 
 @each_case
@@ -350,7 +355,7 @@ def test_nan_and_inf_are_never_hidden(case, bad, side):
     assert not value.reshape(-1)[0].isfinite()
 
 
-@each_case
+@pytest.mark.parametrize("case", APART, ids=str)
 @torch_loops
 def test_per_sample_gradients(case):
     module, (student, teacher) = case.module(), case.features(batch=3)
@@ -362,6 +367,84 @@ def test_per_sample_gradients(case):
     for b in range(3):
         image = student[b : b + 1].clone().requires_grad_()
         close(actual[b], gradients(module(image, teacher[b : b + 1]), [image])[0][0])
+
+
+# --- forward mode: constants for backward are constants there too ---------------------------------
+
+
+def preset(name):
+    # `eval`: torch.func takes no batch normalisation that keeps statistics of what it is given.
+    loss = FeatureDistillationLoss(4, 3, hyperparameters=getattr(featkd, name)).double().eval()
+    randomize(loss)
+    return SumOfTerms(loss)
+
+
+PRESETS = ["TWO_STAGE", "ONE_STAGE", "NORMALIZED", "FPN_OUTPUTS"]
+PRESETS += ["RELEASED_TWO_STAGE", "RELEASED_ONE_STAGE"]
+DIFFERENTIABLE = {
+    **{case.name: (case.module, case.teacher_channels) for case in APART},
+    **{name: (partial(preset, name), 3) for name in PRESETS},
+}
+each_differentiable = pytest.mark.parametrize(
+    ("build", "channels"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE
+)
+
+
+def total(loss, parameters, student, teacher):
+    return torch.func.functional_call(loss, parameters, (student, teacher)).sum()
+
+
+@each_differentiable
+@torch_scripts
+def test_forward_mode_is_the_gradient_along_a_direction(build, channels):
+    """Of student, teacher and all parameters at once, those that are frozen included."""
+    loss = build().requires_grad_()
+    names = [name for name, _ in loss.named_parameters()]
+    points = [normal(2, 4, 4, 6, seed=1), normal(2, channels, 4, 6, seed=2), *loss.parameters()]
+    points = leaves(points)
+    directions = [normal(*x.shape, seed=10 + index) for index, x in enumerate(points)]
+
+    def value(student, teacher, *parameters):
+        return total(loss, dict(zip(names, parameters, strict=True)), student, teacher)
+
+    slopes = gradients(value(*points), points)
+    expected = sum((a * b).sum() for a, b in zip(slopes, directions, strict=True))
+    point = tuple(x.detach() for x in points)
+    close(torch.func.jvp(value, point, tuple(directions))[1], expected)
+
+
+@each_differentiable
+@torch_scripts
+@torch_loops
+def test_the_hessian_is_symmetric_and_that_of_double_backward(build, channels):
+    loss, teacher = build(), normal(1, channels, 2, 3, seed=2)
+    student = normal(1, 4, 2, 3, seed=1)
+    found = torch.func.hessian(lambda x: loss(x, teacher).sum())(student).reshape(24, 24)
+    close(found, found.mT)
+    twice = torch.autograd.functional.hessian(lambda x: loss(x, teacher).sum(), student)
+    close(found, twice.reshape(24, 24))
+
+
+@torch_loops
+@pytest.mark.parametrize("name", PRESETS)
+def test_per_sample_gradients_of_a_preset(name):
+    loss, student, teacher = preset(name), normal(3, 4, 4, 6, seed=1), normal(3, 3, 4, 6, seed=2)
+    actual = torch.func.vmap(torch.func.grad(lambda s, t: loss(s[None], t[None])))(student, teacher)
+    for b in range(3):
+        image = student[b : b + 1].clone().requires_grad_()
+        close(actual[b], gradients(loss(image, teacher[b : b + 1]), [image])[0][0])
+
+
+@torch_scripts
+def test_forward_mode_through_a_batch_normalisation_in_training():
+    case = next(case for case in MODULE_CASES if not case.images_apart)
+    loss, (student, teacher) = case.module(), case.features()
+    direction = normal(*student.shape, seed=9)
+    with forward_ad.dual_level():
+        value = loss(forward_ad.make_dual(student, direction), teacher)
+        along = forward_ad.unpack_dual(value).tangent
+    (slope,) = gradients(loss(student.requires_grad_(), teacher), [student])
+    close(along, (slope * direction).sum())
 
 
 # --- other sizes ----------------------------------------------------------------------------------

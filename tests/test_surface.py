@@ -63,8 +63,10 @@ def aliases(function: Any) -> dict[str, str]:
 
 
 def functions_of(cls: type) -> dict[str, Any]:
-    """The constructor and the public methods that a class defines itself."""
-    own = {name: value for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    """The constructor and the public methods that featkd defines."""
+    ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith("featkd")]
+    found = {name: value for base in ours for name, value in vars(base).items()}
+    own = {name: value for name, value in found.items() if isinstance(value, FunctionType)}
     return {name: own[name] for name in sorted(own) if name == "__init__" or name[0] != "_"}
 
 

@@ -65,9 +65,10 @@ class BatchNorm2d(nn.BatchNorm2d):
             input, mean, variance, weight, bias, self.training, self.momentum, self.eps
         )
         if self.training:
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(variance)
             self.num_batches_tracked.add_(1)
+            if mean is not self.running_mean:  # else `batch_norm` has written there itself
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(variance)
         return result
 
 

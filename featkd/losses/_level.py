@@ -27,7 +27,7 @@ class LevelLoss(nn.Module):
         reduction, resize, normalize: as in the losses' documentation.
     """
 
-    shown: tuple[str, ...] = ()  # what repr says besides
+    _shown: tuple[str, ...] = ()  # what repr says besides
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class LevelLoss(nn.Module):
         self.normalize = normalize
 
     def extra_repr(self) -> str:
-        names = (*self.shown, "reduction", "resize", "normalize")
+        names = (*self._shown, "reduction", "resize", "normalize")
         options = (f"{name}={getattr(self, name)!r}" for name in names)
         return ", ".join((f"{self.student_channels}, {self.teacher_channels}", *options))
 
@@ -62,9 +62,9 @@ class LevelLoss(nn.Module):
             self.resize,
             next(self.parameters()),
         )
-        return self.between(student, teacher)
+        return self._of_pair(student, teacher)
 
-    def between(
+    def _of_pair(
         self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None = None
     ) -> Tensor:
         """The loss of features that :func:`admit` let in; `maps`: their attention maps if known."""

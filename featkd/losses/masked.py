@@ -125,7 +125,7 @@ class AttentionMaskedLoss(LevelLoss):
         torch.Size([])
     """
 
-    shown = ("temperature", "fusion", "attention")
+    _shown = ("temperature", "fusion", "attention")
 
     def __init__(
         self,

@@ -190,7 +190,7 @@ class FeatureDistillationLoss(nn.Module):
             student, _ = pairs[self.levels[0]]
             return torch.zeros((), dtype=compute_dtype(student), device=student.device)
         values = [
-            losses[_module_name(level)].between(*pair, maps.get(level))  # type: ignore[operator]
+            losses[_module_name(level)]._of_pair(*pair, maps.get(level))  # type: ignore[operator]
             for level, pair in pairs.items()
         ]
         return float(weight) * torch.stack(values).sum(0)

@@ -124,7 +124,7 @@ class AttentionTransferLoss(LevelLoss):
         torch.Size([])
     """
 
-    shown = ("attention", "absolute")
+    _shown = ("attention", "absolute")
 
     def __init__(
         self,
