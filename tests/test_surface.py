@@ -62,19 +62,24 @@ def aliases(function: Any) -> dict[str, str]:
     return {name: repr(home[name]) for name in names if get_origin(home.get(name)) is not None}
 
 
+def ours(cls: type) -> list[type]:
+    """The class and those of its bases that are featkd's too."""
+    return [base for base in cls.__mro__ if base.__module__.startswith("featkd")]
+
+
 def functions_of(cls: type) -> dict[str, Any]:
     """The constructor and the public methods that featkd defines."""
-    ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith("featkd")]
-    found = {name: value for base in ours for name, value in vars(base).items()}
+    found = {name: value for base in reversed(ours(cls)) for name, value in vars(base).items()}
     own = {name: value for name, value in found.items() if isinstance(value, FunctionType)}
     return {name: own[name] for name in sorted(own) if name == "__init__" or name[0] != "_"}
 
 
 def attributes_of(cls: type) -> set[str]:
     """Properties, fields and what the methods set on `self`."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(base))) for base in ours(cls)]
     found = {
         node.attr
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Store)
@@ -92,7 +97,7 @@ def entry(name: str, value: Any, known: dict[str, str]) -> list[str]:
         return [f"{name}{signature(value)}"]
     if not isinstance(value, type):
         return [f"{name} = {shown(value)}"]
-    lines = [f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"]
+    lines = [f"class {name}({ours(value)[-1].__base__.__name__})"]
     for method, function in functions_of(value).items():
         known |= aliases(function)
         lines.append(f"    {method}{signature(function)}")
