@@ -12,6 +12,7 @@ from .functional import (
     gaussian_relation,
     non_local_loss,
     spatial_attention,
+    standardize,
 )
 from .losses.attention import AttentionMask, ChannelAttention, SpatialAttention
 from .losses.masked import AttentionMaskedLoss
@@ -26,6 +27,7 @@ from .presets import (
     ONE_STAGE,
     RELEASED_ONE_STAGE,
     RELEASED_TWO_STAGE,
+    STANDARDIZED,
     TWO_STAGE,
     Hyperparameters,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "ONE_STAGE",
     "RELEASED_ONE_STAGE",
     "RELEASED_TWO_STAGE",
+    "STANDARDIZED",
     "TWO_STAGE",
     "AttentionMask",
     "AttentionMaskedLoss",
@@ -69,4 +72,5 @@ __all__ = [
     "match_layers",
     "non_local_loss",
     "spatial_attention",
+    "standardize",
 ]

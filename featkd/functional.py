@@ -24,6 +24,7 @@ from .losses.relation import (
     embedded_gaussian_relation,
     gaussian_relation,
 )
+from .losses.standardize import standardize
 from .losses.transfer import attention_transfer_loss
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "gaussian_relation",
     "non_local_loss",
     "spatial_attention",
+    "standardize",
 ]

@@ -16,7 +16,8 @@ from .losses._options import (
     Reduction,
     TeacherRelation,
     require_block,
-    require_reduction,
+    require_form,
+    require_temperature,
 )
 
 
@@ -28,7 +29,7 @@ class Hyperparameters:
         alpha: weight of L_AT, at least 0; 0 leaves the term out.
         beta: weight of L_AM, likewise.
         gamma: weight of L_NLD, likewise.
-        temperature: T of the attention masks, above 0.
+        temperature: T of the attention masks, above 0; `None` takes no masks.
         fusion: see :func:`featkd.functional.attention_mask`.
         absolute: attention of the absolute features in L_AT (the masks' always is).
         reduction: see :func:`featkd.functional.attention_masked_loss`.
@@ -38,6 +39,9 @@ class Hyperparameters:
             product and the concatenation carry; the released code takes the dot product.
         residual, batch_norm, teacher_relation: see :class:`featkd.NonLocalLoss`.
         normalize: see :class:`featkd.FeatureDistillationLoss`.
+        standardize: every term compares standardised quantities and is 1 - correlation, so that a
+            weight means the same for every model, level and resolution; the temperature is then in
+            units of the attention maps' standard deviation (beyond the paper).
 
     Raises:
         TypeError, ValueError: a field is not of its kind or not in its range.
@@ -52,7 +56,7 @@ class Hyperparameters:
     alpha: float
     beta: float
     gamma: float
-    temperature: float
+    temperature: float | None
     fusion: Fusion = "logits"
     absolute: bool = True
     reduction: Reduction = "mean"
@@ -63,20 +67,20 @@ class Hyperparameters:
     batch_norm: bool = False
     teacher_relation: TeacherRelation = "fixed"
     normalize: bool = False
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             require_number(name, getattr(self, name), least=0)
-        require_number("temperature", self.temperature, above=0)
+        require_temperature(self.temperature)
         require_choice("fusion", self.fusion, FUSIONS)
         require_flag("absolute", self.absolute)
-        require_reduction(self.reduction)
         require_choice("transfer_attention", self.transfer_attention, ATTENTIONS)
         require_choice("masked_attention", self.masked_attention, ATTENTIONS)
         require_choice("kind", self.kind, KINDS)
         require_choice("teacher_relation", self.teacher_relation, TEACHER_RELATIONS)
         require_block(self.residual, self.batch_norm, self.teacher_relation)
-        require_flag("normalize", self.normalize)
+        require_form(self.reduction, self.normalize, self.standardize)
 
 
 TWO_STAGE = Hyperparameters(alpha=7e-5, beta=4e-3, gamma=7e-5, temperature=0.1)
@@ -84,6 +88,9 @@ TWO_STAGE = Hyperparameters(alpha=7e-5, beta=4e-3, gamma=7e-5, temperature=0.1)
 
 ONE_STAGE = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=0.5)
 """As printed in section 4.1 for one-stage detectors."""
+
+STANDARDIZED = Hyperparameters(alpha=0.0, beta=4.0, gamma=0.0, temperature=None, standardize=True)
+"""L_AM alone, of standardised features and without masks; beyond the paper. The default."""
 
 NORMALIZED = Hyperparameters(
     alpha=0.0, beta=8.0, gamma=0.0, temperature=1.0, reduction="mean_square", normalize=True

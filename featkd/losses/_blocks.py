@@ -85,3 +85,8 @@ def product(features: Tensor, factors: Callable[[slice], tuple[Tensor, Tensor]])
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """`x * factor` for a fresh `x`, which it may overwrite."""
     return x.mul_(factor) if _in_place() else x * factor
+
+
+def less(x: Tensor, y: Tensor) -> Tensor:
+    """`x - y` for a fresh `x`, which it may overwrite."""
+    return x.sub_(y) if _in_place() else x - y

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, product, scaled
-from ._numerics import compute_dtype
+from ._blocks import channel_blocks, less, product, scaled
+from ._numerics import compute_dtype, root
 
 Dims = tuple[int, ...]
 OVER_CHANNELS: Dims = (1,)
@@ -33,6 +33,17 @@ def weighted_distance(
 ) -> Tensor:
     """`sqrt(sum w v (a - b)^2)` per image, `(B,)`: w `(B, H, W)` and v `(B, C)` or 1."""
     result: Tensor = _WeightedDistance.apply(a, b, by_position, by_channel)
+    return result
+
+
+def correlation_distance(
+    a: Tensor, b: Tensor, by_position: Tensor | None = None, by_channel: Tensor | None = None
+) -> Tensor:
+    """Half the mean of `w v (s - t)^2` per image, `(B,)`, of `a` and `b` standardised.
+
+    No gradient reaches the weights.
+    """
+    result: Tensor = _CorrelationDistance.apply(a, b, by_position, by_channel)
     return result
 
 
@@ -150,3 +161,70 @@ class _WeightedDistance(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 to_channel = (square if weight is None else square * weight).sum(OVER_POSITIONS)
         return to_a, to_b, to_position, to_channel
+
+
+class _CorrelationDistance(torch.autograd.Function):
+    """Of a slope u at s goes through the standardisation (u - mean u - s mean(u s)) / sigma.
+
+    Here u is w v (s - t) / (CHW). The inputs and three numbers a channel and side are saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
+    ) -> Tensor:
+        dtype = compute_dtype(a, b, by_position, by_channel)
+        energies, moments = [], []
+        for block in channel_blocks(b):
+            (s, of_a), (t, of_b) = (_standardized(x[:, block].to(dtype)) for x in (a, b))
+            square = s.sub_(t).square_()
+            if by_position is not None:
+                square = square.mul_(by_position[:, None])
+            energies.append(square.mean(OVER_POSITIONS))
+            moments.append(torch.stack((*of_a, *of_b)))
+        energy = torch.cat(energies, 1)
+        if by_channel is not None:
+            energy = energy * by_channel
+        ctx.save_for_backward(a, b, by_position, by_channel, torch.cat(moments, 2))
+        return energy.mean(1) / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, by_position, by_channel, moments = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative they depend on the features
+            moments = torch.stack(
+                [x for y in (a, b) for x in _standardized(y.to(moments.dtype))[1]]
+            )
+        slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
+        if by_channel is not None:
+            slope = slope * by_channel
+
+        def gradient(side: int) -> Tensor:
+            def factors(block: slice) -> tuple[Tensor, Tensor]:
+                sides = [
+                    scaled(less(x[:, block] - mean[:, block], rest[:, block]), inverse[:, block])
+                    for x, (mean, rest, inverse) in ((a, moments[:3]), (b, moments[3:]))
+                ]
+                s, t = sides[side], sides[1 - side]
+                u = s - t if by_position is None else scaled(s - t, by_position[:, None])
+                along = (u * s).mean(OVER_POSITIONS, keepdim=True)
+                u = less(less(u, u.mean(OVER_POSITIONS, keepdim=True)), scaled(s, along))
+                return u, slope[:, block, None, None] * moments[3 * side + 2, :, block]
+
+            return product((a, b)[side], factors)
+
+        to_a = gradient(0) if ctx.needs_input_grad[0] else None
+        to_b = gradient(1) if ctx.needs_input_grad[1] else None
+        return to_a, to_b, None, None
+
+
+def _standardized(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """`standardize.standardized`, and what to take of `x` twice and then times."""
+    mean = x.mean(OVER_POSITIONS, keepdim=True)
+    rest = x - mean
+    left = rest.mean(OVER_POSITIONS, keepdim=True)
+    rest = less(rest, left)
+    deviation = root(rest.square().mean(OVER_POSITIONS, keepdim=True))
+    constant = deviation <= torch.finfo(x.dtype).eps * mean.abs()
+    inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
+    return scaled(rest, inverse), (mean, left, inverse)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from .._checks import (
     require_channels,
     require_count,
-    require_flag,
     require_same_batch,
     require_same_device,
 )
 from ._numerics import compute_dtype, reduced, savable
-from ._options import Reduction, require_reduction, require_resize
+from ._options import Reduction, require_form, require_resize
 from .attention import Maps
 
 
@@ -24,7 +23,7 @@ class LevelLoss(nn.Module):
 
     Args:
         student_channels, teacher_channels: C_S and C_T.
-        reduction, resize, normalize: as in the losses' documentation.
+        reduction, resize, normalize, standardize: as in the losses' documentation.
     """
 
     _shown: tuple[str, ...] = ()  # what repr says besides
@@ -36,21 +35,22 @@ class LevelLoss(nn.Module):
         reduction: Reduction,
         resize: str | None,
         normalize: bool,
+        standardize: bool,
     ) -> None:
         super().__init__()
         require_count("student_channels", student_channels)
         require_count("teacher_channels", teacher_channels)
-        require_reduction(reduction)
         require_resize(resize)
-        require_flag("normalize", normalize)
+        require_form(reduction, normalize, standardize)
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.reduction: Reduction = reduction
         self.resize = resize
         self.normalize = normalize
+        self.standardize = standardize
 
     def extra_repr(self) -> str:
-        names = (*self._shown, "reduction", "resize", "normalize")
+        names = (*self._shown, "reduction", "resize", "normalize", "standardize")
         options = (f"{name}={getattr(self, name)!r}" for name in names)
         return ", ".join((f"{self.student_channels}, {self.teacher_channels}", *options))
 

@@ -9,7 +9,6 @@ from .._checks import (
     require_channels,
     require_choice,
     require_feature_pair,
-    require_number,
     require_same_device,
     require_shape,
     require_tensor,
@@ -19,8 +18,17 @@ from ._blocks import takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, weighted_distance
 from ._level import LevelLoss
 from ._numerics import compute_dtype, reduced, relative_to, root, savable
-from ._options import ATTENTIONS, FUSIONS, Attention, Fusion, Reduction, require_reduction
+from ._options import (
+    ATTENTIONS,
+    FUSIONS,
+    Attention,
+    Fusion,
+    Reduction,
+    require_form,
+    require_temperature,
+)
 from .attention import MAPS, Maps, attention_maps, fused_mask
+from .standardize import standardized, standardized_distance
 
 
 def attention_masked_loss(
@@ -30,6 +38,7 @@ def attention_masked_loss(
     spatial_mask: Tensor | None = None,
     channel_mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    standardize: bool = False,
 ) -> Tensor:
     r"""Attention-masked feature loss: the L2 distance of the features, weighted by both masks.
 
@@ -47,6 +56,9 @@ def attention_masked_loss(
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
             batch as well (the released code), or `"mean_square"`, the mean of the images' squares
             (beyond the paper).
+        standardize: compare the standardised features s and t (beyond the paper): per image
+            :math:`\frac{1}{2CHW} \sum (s - t)^2 M^s M^c`, which has no unit. Without masks it is
+            1 - correlation, the mean over the channels, from 0 to 2.
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
@@ -69,7 +81,7 @@ def attention_masked_loss(
         >>> attention_masked_loss(student, teacher, spatial_mask=torch.tensor([[[0.5, 1.5]]]))
         tensor(2.)
     """
-    require_reduction(reduction)
+    require_form(reduction, False, standardize)
     require_feature_pair(student, teacher, same_channels=True)
     images, channels, *size = student.shape
     if spatial_mask is not None:
@@ -77,7 +89,8 @@ def attention_masked_loss(
     if channel_mask is not None:
         _require_mask("channel_mask", channel_mask, (images, channels), student)
     masks = (None if mask is None else savable(mask) for mask in (spatial_mask, channel_mask))
-    return reduced(masked_distance(savable(student), savable(teacher), *masks), reduction)
+    distance = standardized_distance if standardize else masked_distance
+    return reduced(distance(savable(student), savable(teacher), *masks), reduction)
 
 
 def masked_distance(
@@ -110,11 +123,14 @@ class AttentionMaskedLoss(LevelLoss):
 
     Args:
         student_channels, teacher_channels: C_S and C_T.
-        temperature, fusion: as in :func:`featkd.functional.attention_mask`.
+        temperature, fusion: as in :func:`featkd.functional.attention_mask`; `None` takes no masks,
+            which are then even, at no cost.
         attention: mask by `"both"` (the paper), `"spatial"` or `"channel"` alone (its table 6).
         reduction: as in the function.
         resize: as in :class:`featkd.AttentionTransferLoss`.
         normalize: divide by an all-zero student's loss under the same masks, image by image.
+        standardize: as in the function; the attention maps are standardised too before they make
+            masks, so that the temperature is in units of their standard deviation.
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 
@@ -132,15 +148,18 @@ class AttentionMaskedLoss(LevelLoss):
         student_channels: int,
         teacher_channels: int,
         *,
-        temperature: float,
+        temperature: float | None,
         fusion: Fusion = "logits",
         attention: Attention = "both",
         reduction: Reduction = "mean",
         resize: str | None = None,
         normalize: bool = False,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
-        require_number("temperature", temperature, above=0)
+        super().__init__(
+            student_channels, teacher_channels, reduction, resize, normalize, standardize
+        )
+        require_temperature(temperature)
         require_choice("fusion", fusion, FUSIONS)
         require_choice("attention", attention, ATTENTIONS)
         self.temperature = temperature
@@ -153,6 +172,8 @@ class AttentionMaskedLoss(LevelLoss):
     ) -> list[Tensor]:
         adapted = self.adapter(student)
         masks = self._masks(student, adapted, teacher, maps)
+        if self.standardize:
+            return [standardized_distance(adapted, teacher, *masks)]
         distance = masked_distance(adapted, teacher, *masks)
         if self.normalize:
             zeros = torch.zeros_like(teacher)
@@ -162,7 +183,7 @@ class AttentionMaskedLoss(LevelLoss):
     def masks(
         self, student: Tensor, adapted: Tensor, teacher: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """M_s `(B, H, W)` and M_c `(B, C_T)`, `None` where `attention` leaves one out."""
+        """M_s `(B, H, W)` and M_c `(B, C_T)`; `None` for those that are not used."""
         require_channels("student", student, self.student_channels)
         require_feature_pair(adapted, teacher, same_channels=True, names=("adapted", "teacher"))
         require_feature_pair(student, teacher, same_channels=False)
@@ -171,6 +192,8 @@ class AttentionMaskedLoss(LevelLoss):
     def _masks(
         self, student: Tensor, adapted: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        if self.temperature is None:
+            return None, None
         # Detached, not `no_grad`: forward mode goes on through that.
         student, adapted, teacher = student.detach(), adapted.detach(), teacher.detach()
         dims = MAPS[self.attention]
@@ -181,8 +204,10 @@ class AttentionMaskedLoss(LevelLoss):
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
             ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
-        masks = {
-            d: fused_mask(ours[d].detach(), theirs[d].detach(), self.temperature, self.fusion)
-            for d in dims
-        }
+        masks = {}
+        for d in dims:
+            mine, its = ours[d].detach(), theirs[d].detach()
+            if self.standardize:
+                mine, its = (standardized(x, tuple(range(1, x.dim()))) for x in (mine, its))
+            masks[d] = fused_mask(mine, its, self.temperature, self.fusion)
         return masks.get(OVER_CHANNELS), masks.get(OVER_POSITIONS)

@@ -16,15 +16,20 @@ from ._options import (
     Reduction,
     TeacherRelation,
     require_block,
-    require_reduction,
+    require_form,
 )
 from .attention import Maps
 from .non_local_block import NonLocalRelation
 from .relation import require_positions
+from .standardize import standardized_distance
 
 
 def non_local_loss(
-    student_relation: Tensor, teacher_relation: Tensor, *, reduction: Reduction = "mean"
+    student_relation: Tensor,
+    teacher_relation: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    standardize: bool = False,
 ) -> Tensor:
     r"""Non-local distillation loss: the L2 distance of the relations.
 
@@ -36,6 +41,8 @@ def non_local_loss(
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
             batch as well (the released code), or `"mean_square"`, the mean of the images' squares
             (beyond the paper).
+        standardize: compare the standardised relations (beyond the paper): per image half the mean
+            squared difference, 1 - correlation, the mean over the channels, from 0 to 2.
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
@@ -57,7 +64,7 @@ def non_local_loss(
         >>> non_local_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5))
         tensor(1.4142)
     """
-    require_reduction(reduction)
+    require_form(reduction, False, standardize)
     require_positions("student_relation", student_relation)
     require_positions("teacher_relation", teacher_relation)
     if student_relation.shape != teacher_relation.shape:
@@ -67,7 +74,8 @@ def non_local_loss(
         )
     require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
     relations = savable(student_relation), savable(teacher_relation)
-    return reduced(relation_distance(*relations), reduction)
+    distance = _standardized_distance if standardize else relation_distance
+    return reduced(distance(*relations), reduction)
 
 
 def relation_distance(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -75,6 +83,10 @@ def relation_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     if takes_closed_form():
         return weighted_distance(ours.flatten(2)[..., None], theirs.flatten(2)[..., None])
     return norm_per_image(ours.to(compute_dtype(ours, theirs)) - theirs)
+
+
+def _standardized_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    return standardized_distance(ours.flatten(2)[..., None], theirs.flatten(2)[..., None])
 
 
 class NonLocalLoss(LevelLoss):
@@ -92,7 +104,7 @@ class NonLocalLoss(LevelLoss):
         kind, inter_channels, subsample, residual, batch_norm: as in :class:`NonLocalRelation`, for
             both sides.
         teacher_relation: `"fixed"` or `"trained"`, which `batch_norm` needs.
-        reduction: as in the function.
+        reduction, standardize: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
         normalize: divide by the norm of the teacher's relation, the loss of an all-zero student's,
@@ -121,8 +133,11 @@ class NonLocalLoss(LevelLoss):
         reduction: Reduction = "mean",
         resize: str | None = None,
         normalize: bool = False,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
+        super().__init__(
+            student_channels, teacher_channels, reduction, resize, normalize, standardize
+        )
         require_choice("teacher_relation", teacher_relation, TEACHER_RELATIONS)
         require_block(residual, batch_norm, teacher_relation)
         self.trained = teacher_relation == "trained"
@@ -159,6 +174,8 @@ class NonLocalLoss(LevelLoss):
         theirs = self.teacher_relation(teacher)
         if not self.trained:  # even where its parameters are unfrozen from outside
             theirs = theirs.detach()
+        if self.standardize:
+            return [standardized_distance(ours, theirs)]
         distance = relation_distance(ours, theirs)
         if self.normalize:
             distance = relative_to(distance, norm_per_image(theirs))

@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import require_count, require_flag, require_tensor
-from ..presets import Hyperparameters
+from .._checks import require_count, require_tensor
+from ..presets import STANDARDIZED, Hyperparameters
 from ._level import admit
 from ._numerics import compute_dtype
-from ._options import require_resize
+from ._options import require_form, require_resize
 from .attention import MAPS, Maps, attention_maps
 from .masked import AttentionMaskedLoss
 from .non_local import NonLocalLoss
@@ -33,9 +33,8 @@ class FeatureDistillationLoss(nn.Module):
     Args:
         student_channels: C_S for one level, or a mapping from level name to C_S.
         teacher_channels: C_T likewise, with the same levels.
-        hyperparameters: :data:`.FPN_OUTPUTS`, :data:`.NORMALIZED`, :data:`.TWO_STAGE`,
-            :data:`.ONE_STAGE`, :data:`.RELEASED_TWO_STAGE`, :data:`.RELEASED_ONE_STAGE` or one's
-            own :class:`Hyperparameters`.
+        hyperparameters: a preset (:data:`.STANDARDIZED`, :data:`.ONE_STAGE`, ...) or one's own
+            :class:`Hyperparameters`.
         inter_channels, subsample: of the relations, see :class:`featkd.NonLocalRelation`; one value
             or a mapping from level name to value.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
@@ -73,8 +72,8 @@ class FeatureDistillationLoss(nn.Module):
         self,
         student_channels: int | Mapping[str, int],
         teacher_channels: int | Mapping[str, int],
+        hyperparameters: Hyperparameters = STANDARDIZED,
         *,
-        hyperparameters: Hyperparameters,
         inter_channels: int | Mapping[str, int | None] | None = None,
         subsample: int | Mapping[str, int] = 1,
         resize: str | None = None,
@@ -87,7 +86,7 @@ class FeatureDistillationLoss(nn.Module):
         require_resize(resize)
         if normalize is None:
             normalize = hyperparameters.normalize
-        require_flag("normalize", normalize)
+        require_form(hyperparameters.reduction, normalize, hyperparameters.standardize)
         self.hyperparameters = hyperparameters
         self.resize = resize
         self.normalize = normalize
@@ -125,6 +124,7 @@ class FeatureDistillationLoss(nn.Module):
                     absolute=settings.absolute,
                     reduction=settings.reduction,
                     normalize=normalize,
+                    standardize=settings.standardize,
                 )
             if settings.beta:
                 self.attention_masked[_module_name(level)] = AttentionMaskedLoss(
@@ -134,6 +134,7 @@ class FeatureDistillationLoss(nn.Module):
                     attention=settings.masked_attention,
                     reduction=settings.reduction,
                     normalize=normalize,
+                    standardize=settings.standardize,
                 )
             if settings.gamma:
                 self.non_local[_module_name(level)] = NonLocalLoss(
@@ -146,6 +147,7 @@ class FeatureDistillationLoss(nn.Module):
                     teacher_relation=settings.teacher_relation,
                     reduction=settings.reduction,
                     normalize=normalize,
+                    standardize=settings.standardize,
                 )
 
     def extra_repr(self) -> str:
@@ -168,7 +170,8 @@ class FeatureDistillationLoss(nn.Module):
             )
         settings = self.hyperparameters
         maps: dict[str, tuple[Maps, Maps]] = {}
-        if self.attention_transfer and self.attention_masked and settings.absolute:
+        masked = self.attention_masked and settings.temperature is not None
+        if masked and self.attention_transfer and settings.absolute:
             # One reading of the features serves the attention transfer and the masks.
             for level, (student, teacher) in pairs.items():
                 dims = MAPS["both"]

@@ -19,8 +19,9 @@ from ._adapters import Conv2d, Linear
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS
 from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
-from ._options import ATTENTIONS, Attention, Reduction, require_reduction
+from ._options import ATTENTIONS, Attention, Reduction, require_form
 from .attention import MAPS, Maps, attention_maps
+from .standardize import standardized_distance
 
 Adapter = Callable[[Tensor], Tensor]
 
@@ -33,6 +34,7 @@ def attention_transfer_loss(
     channel_adapter: Adapter | None = None,
     absolute: bool = True,
     reduction: Reduction = "mean",
+    standardize: bool = False,
 ) -> Tensor:
     r"""Attention transfer loss: the L2 distances of the two attention maps.
 
@@ -50,6 +52,8 @@ def attention_transfer_loss(
         reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
             batch as well (the released code), or `"mean_square"`, the mean of the images' squares
             (beyond the paper).
+        standardize: compare the standardised maps (beyond the paper): per image the sum of two
+            halves of a mean squared difference, each 1 - correlation, from 0 to 2.
 
     Returns:
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
@@ -74,7 +78,7 @@ def attention_transfer_loss(
         >>> attention_transfer_loss(student, teacher)  # sqrt(4) + sqrt(2)
         tensor(3.4142)
     """
-    require_reduction(reduction)
+    require_form(reduction, False, standardize)
     require_flag("absolute", absolute)
     require_callable("spatial_adapter", spatial_adapter)
     require_callable("channel_adapter", channel_adapter)
@@ -83,9 +87,19 @@ def attention_transfer_loss(
     targets = theirs[OVER_CHANNELS][:, None], theirs[OVER_POSITIONS]
     spatial = _adapted("spatial_adapter", spatial_adapter, ours[OVER_CHANNELS][:, None], targets[0])
     channel = _adapted("channel_adapter", channel_adapter, ours[OVER_POSITIONS], targets[1])
-    return reduced(norm_per_image(spatial - targets[0]), reduction) + reduced(
-        norm_per_image(channel - targets[1]), reduction
+    distance = _standardized_distance if standardize else _distance
+    return reduced(distance(spatial, targets[0]), reduction) + reduced(
+        distance(channel, targets[1]), reduction
     )
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    return norm_per_image(ours - theirs)
+
+
+def _standardized_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of spatial maps `(B, 1, H, W)` or channel maps `(B, C)`, over all that an image has."""
+    return standardized_distance(*(x.flatten(1)[:, None, :, None] for x in (ours, theirs)))
 
 
 def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -110,7 +124,7 @@ class AttentionTransferLoss(LevelLoss):
         student_channels: C_S.
         teacher_channels: C_T.
         attention: `"both"` maps (the paper), `"spatial"` or `"channel"` alone (its table 6).
-        absolute, reduction: as in the function.
+        absolute, reduction, standardize: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
         normalize: divide by the loss of an all-zero student, image by image (beyond the paper).
@@ -136,8 +150,11 @@ class AttentionTransferLoss(LevelLoss):
         reduction: Reduction = "mean",
         resize: str | None = None,
         normalize: bool = False,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(student_channels, teacher_channels, reduction, resize, normalize)
+        super().__init__(
+            student_channels, teacher_channels, reduction, resize, normalize, standardize
+        )
         require_choice("attention", attention, ATTENTIONS)
         require_flag("absolute", absolute)
         self.attention: Attention = attention
@@ -158,7 +175,9 @@ class AttentionTransferLoss(LevelLoss):
             pairs.append((spatial, theirs[OVER_CHANNELS][:, None]))
         if self.channel_adapter is not None:
             pairs.append((self.channel_adapter(ours[OVER_POSITIONS]), theirs[OVER_POSITIONS]))
-        distances = [norm_per_image(mine - target) for mine, target in pairs]
+        if self.standardize:
+            return [_standardized_distance(*pair) for pair in pairs]
+        distances = [_distance(*pair) for pair in pairs]
         if not self.normalize:
             return distances
         norms = [norm_per_image(target) for _, target in pairs]
