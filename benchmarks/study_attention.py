@@ -50,6 +50,12 @@ def inside(boxes: Tensor, image_size: int, height: int, width: int) -> Tensor:
     return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(2)
 
 
+def auc(scores: Tensor, objects: Tensor) -> Tensor:
+    """Of the scores' ranks: torchmetrics puts a sigmoid on what lies outside 0 to 1, and rounds."""
+    values, ranks = scores.flatten().unique(return_inverse=True)
+    return binary_auroc(ranks.double() / len(values), objects.flatten().long())
+
+
 @torch.no_grad()
 def measured(
     model: nn.Module, layers: list[str], data: Dataset[Any]
@@ -69,7 +75,7 @@ def measured(
                 for name, attention in MAPS.items():
                     values = found[layer].setdefault(name, [])
                     values += [
-                        binary_auroc(each.flatten(), objects.flatten().long())
+                        auc(each, objects)
                         for each, objects in zip(attention(features), sorts, strict=True)
                         if objects.any() and not objects.all()
                     ]

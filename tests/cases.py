@@ -197,6 +197,8 @@ CASES = [
         for fusion in FUSIONS
     ),
     _case("spatial_mask-default_fusion", "attention_mask", two_spatial_attentions, temperature=2),
+    _case("standardize", "standardize", one_map),
+    _case("standardize-batch", "standardize", one_map, over="batch"),
     _case("transfer", "attention_transfer_loss", two_maps),
     _case("transfer-signed", "attention_transfer_loss", two_maps, absolute=False),
     _case("transfer-adapters", "attention_transfer_loss", maps_of_other_channels, ADAPTERS),
@@ -213,6 +215,16 @@ CASES = [
             ("non_local", "non_local_loss", two_relations),
         ]
         for reduction in REDUCTIONS
+    ),
+    *(
+        _case(f"{name}-standardize", function, shapes, standardize=True, reduction=reduction)
+        for name, function, shapes, reduction in [
+            ("transfer", "attention_transfer_loss", two_maps, "mean"),
+            ("masked", "attention_masked_loss", two_maps, "mean"),
+            ("masked-spatial", "attention_masked_loss", spatially_masked, "none"),
+            ("masked-both", "attention_masked_loss", masked, "sum"),
+            ("non_local", "non_local_loss", two_relations, "none"),
+        ]
     ),
     _case("gaussian", "gaussian_relation", features_and_g),
     _case("embedded_gaussian", "embedded_gaussian_relation", theta_phi_g),
@@ -328,6 +340,27 @@ def masked_by_functions(
     return loss
 
 
+def standardized_masked_by_functions(module: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    adapted = module.adapter(student)
+    masks = {}
+    if module.temperature is not None:
+        maps = [featkd.spatial_attention(x).detach()[:, None] for x in (student, teacher)]
+        maps = [featkd.standardize(x)[:, 0] for x in maps]
+        masks["spatial_mask"] = featkd.attention_mask(*maps, temperature=module.temperature)
+        maps = [featkd.channel_attention(x).detach() for x in (adapted, teacher)]
+        maps = [featkd.standardize(x[:, None, :, None])[:, 0, :, 0] for x in maps]
+        masks["channel_mask"] = featkd.attention_mask(*maps, temperature=module.temperature)
+    return featkd.attention_masked_loss(adapted, teacher, **masks, standardize=True)
+
+
+def standardized_non_local_by_functions(
+    module: nn.Module, student: Tensor, teacher: Tensor
+) -> Tensor:
+    ours = module.adapter(relation_by_functions(module.student_relation, student))
+    theirs = relation_by_functions(module.teacher_relation, teacher).detach()
+    return featkd.non_local_loss(ours, theirs, standardize=True)
+
+
 def normalized_masked_by_functions(module: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
     adapted = module.adapter(student)
     masks = masks_by_functions(student, adapted, teacher)
@@ -439,6 +472,39 @@ MODULE_CASES = [
             reduction=reduction,
         )
         for reduction in REDUCTIONS
+    ),
+    _module_case(
+        "transfer-standardize",
+        TRANSFER,
+        transfer_by_functions(standardize=True),
+        3,
+        standardize=True,
+    ),
+    *(
+        _module_case(
+            f"masked-standardize-{temperature}",
+            MASKED,
+            standardized_masked_by_functions,
+            3,
+            temperature=temperature,
+            standardize=True,
+        )
+        for temperature in (None, 2.0)
+    ),
+    _module_case(
+        "masked-even",
+        MASKED,
+        lambda module, *pair: featkd.attention_masked_loss(module.adapter(pair[0]), pair[1]),
+        3,
+        temperature=None,
+    ),
+    _module_case(
+        "non_local-standardize",
+        NON_LOCAL,
+        standardized_non_local_by_functions,
+        3,
+        kind="dot_product",
+        standardize=True,
     ),
     _module_case("masked", MASKED, masked_by_functions(), temperature=0.5),
     _module_case("masked-channels", MASKED, masked_by_functions(), 3, temperature=0.5),

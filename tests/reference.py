@@ -58,6 +58,30 @@ def attention_mask(student_attention, teacher_attention, *, temperature, fusion=
     return mask
 
 
+@quiet
+def standardized(numbers):
+    """The numbers less their mean, over their standard deviation; 0 where all are alike."""
+    mean = sum(numbers.ravel()) / numbers.size
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in numbers.ravel()) / numbers.size)
+    return (
+        np.zeros(numbers.shape) if deviation <= 1e-15 * abs(mean) else (numbers - mean) / deviation
+    )
+
+
+def standardize_channels(features, *, over="image"):
+    """Each channel of each image, or of the batch, standardised."""
+    result = np.zeros(features.shape)
+    for c in range(features.shape[1]):
+        if over == "batch" and len(features):
+            result[:, c] = standardized(features[:, c])
+        for b in range(len(features) if over == "image" else 0):
+            result[b, c] = standardized(features[b, c])
+    return result
+
+
+standardize = standardize_channels
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 
@@ -71,6 +95,18 @@ def reduce(distances, reduction):
         return reduce([distance**2 for distance in distances], "mean")
     total = sum(distances)
     return total / len(distances) if reduction == "mean" and len(distances) else float(total)
+
+
+@quiet
+def half_mean_square(student, teacher, reduction):
+    """Half the mean squared difference of each image, reduced."""
+    halves = []
+    for b in range(len(student)):
+        total = 0.0
+        for index in np.ndindex(student[b].shape):
+            total += (student[b][index] - teacher[b][index]) ** 2
+        halves.append(total / student[b].size / 2)
+    return reduce(halves, reduction)
 
 
 @quiet
@@ -93,20 +129,33 @@ def attention_transfer_loss(
     channel_adapter=lambda attention: attention,
     absolute=True,
     reduction="mean",
+    standardize=False,
 ):
     """L_AT, equation (1): each of the two distances is reduced before they are added."""
     spatial = spatial_adapter(spatial_attention(student, absolute=absolute)[:, None])[:, 0]
     channel = channel_adapter(channel_attention(student, absolute=absolute))
-    return distance(spatial, spatial_attention(teacher, absolute=absolute), reduction) + distance(
-        channel, channel_attention(teacher, absolute=absolute), reduction
-    )
+    total = 0.0
+    for ours, theirs in (
+        (spatial, spatial_attention(teacher, absolute=absolute)),
+        (channel, channel_attention(teacher, absolute=absolute)),
+    ):
+        if standardize:
+            ours, theirs = (
+                np.array([*map(standardized, x)]).reshape(x.shape) for x in (ours, theirs)
+            )
+            total = total + half_mean_square(ours, theirs, reduction)
+        else:
+            total = total + distance(ours, theirs, reduction)
+    return total
 
 
 @quiet
 def attention_masked_loss(
-    student, teacher, *, spatial_mask=None, channel_mask=None, reduction="mean"
+    student, teacher, *, spatial_mask=None, channel_mask=None, reduction="mean", standardize=False
 ):
-    """L_AM, equation (2)."""
+    """L_AM, equation (2); half the weighted mean square of standardised features."""
+    if standardize:
+        student, teacher = map(standardize_channels, (student, teacher))
     distances = []
     for b in range(len(student)):
         total = 0.0
@@ -117,12 +166,15 @@ def attention_masked_loss(
             if channel_mask is not None:
                 weight *= channel_mask[b, c]
             total += (teacher[b, c, i, j] - student[b, c, i, j]) ** 2 * weight
-        distances.append(math.sqrt(total))
+        distances.append(total / student[b].size / 2 if standardize else math.sqrt(total))
     return reduce(distances, reduction)
 
 
-def non_local_loss(student_relation, teacher_relation, *, reduction="mean"):
+def non_local_loss(student_relation, teacher_relation, *, reduction="mean", standardize=False):
     """L_NLD: the L2 distance of two relations."""
+    if standardize:
+        relations = map(standardize_channels, (student_relation, teacher_relation))
+        return half_mean_square(*relations, reduction)
     return distance(student_relation, teacher_relation, reduction)
 
 

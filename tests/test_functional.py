@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import featkd
 from featkd import functional
 from featkd.losses import _blocks
+from featkd.losses._numerics import savable
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
@@ -742,6 +743,36 @@ def test_autocast_changes_nothing(case):
         assert torch.is_autocast_enabled("cpu")
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@each_case
+def test_a_tensor_made_under_inference_mode_gives_the_same(case):
+    """A teacher's, say: autograd itself saves no such tensor."""
+    tensors = leaves(case.inputs())
+    for name in tensors:
+        with torch.inference_mode():
+            frozen = tensors[name].clone()
+        others = [value for key, value in tensors.items() if key != name]
+        found, expected = case(**tensors | {name: frozen}), case(**tensors)
+        close(found, expected, 0.0)
+        if others:
+            weights = normal(*expected.shape, seed=9)
+            found, expected = (
+                torch.autograd.grad((weights * value).sum(), others) for value in (found, expected)
+            )
+            for a, b in zip(found, expected, strict=True):
+                close(a, b, 0.0)
+
+
+def test_a_tensor_made_under_inference_mode_is_copied_only_for_a_gradient():
+    with torch.inference_mode():
+        frozen = torch.ones(2, 3, 4, 5)
+        assert savable(frozen) is frozen
+    with torch.no_grad():
+        assert savable(frozen) is frozen
+    copied = savable(frozen)
+    assert not copied.is_inference()
+    assert savable(copied) is copied
 
 
 @each_case

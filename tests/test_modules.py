@@ -36,7 +36,7 @@ from featkd import (
     NonLocalRelation,
     SpatialAttention,
 )
-from featkd.losses._adapters import Conv2d, Linear
+from featkd.losses._adapters import BatchNorm2d, Conv2d, Linear
 from featkd.losses._options import RESIZE_MODES
 from featkd.losses.attention import MAPS
 
@@ -120,6 +120,27 @@ def test_a_loss_module_equals_its_functions(case):
         close(a, b)
 
 
+@pytest.mark.parametrize(
+    ("absolute", "teacher_channels", "readings"),
+    [(True, 4, 2), (True, 3, 3), (False, 4, 4)],  # 3: M_c is of the adapted student
+)
+def test_transfer_and_masks_share_one_reading_of_each_side(
+    absolute, teacher_channels, readings, monkeypatch
+):
+    read = []
+    for module in (featkd.distillation, featkd.masked, featkd.transfer):
+
+        def counted(features, *options, maps=module.attention_maps):
+            read.append(features)
+            return maps(features, *options)
+
+        monkeypatch.setattr(module, "attention_maps", counted)
+    settings = dataclasses.replace(ALL_TERMS, absolute=absolute)
+    loss = FeatureDistillationLoss(4, teacher_channels, hyperparameters=settings)
+    loss(torch.ones(2, 4, 3, 5), torch.ones(2, teacher_channels, 3, 5))
+    assert len(read) == readings
+
+
 @pytest.mark.parametrize("inter_channels", [None, 1, 7])
 @each_kind
 def test_channels_of_a_relation(kind, inter_channels):
@@ -189,6 +210,126 @@ def test_equal_features_start_at_relation_distance_0(kind, residual, teacher_rel
     assert loss(features, features.flip(-1)) > 0
 
 
+# --- the released block: W with a batch normalisation ---------------------------------------------
+
+
+def normalised_block(channels=4, **options):
+    return NonLocalRelation(
+        channels, kind="dot_product", residual=True, batch_norm=True, **options
+    ).double()
+
+
+def test_a_batch_normalisation_starts_as_the_identity_of_its_block():
+    features = normal(2, 4, 3, 5)
+    for training in (True, False):
+        close(normalised_block().train(training)(features), features, 0.0)
+    loss = NonLocalLoss(
+        4, 4, kind="dot_product", residual=True, batch_norm=True, teacher_relation="trained"
+    )
+    other = normal(2, 4, 3, 5, seed=1)
+    close(loss.double()(features, other), featkd.non_local_loss(features, other))
+
+
+def test_a_batch_normalisation_is_torch_s_own_but_for_its_start():
+    layer, plain = BatchNorm2d(4).double(), nn.BatchNorm2d(4).double()
+    assert not layer.weight.any()
+    assert not layer.bias.any()
+    randomize(layer)
+    layer.num_batches_tracked.zero_()
+    plain.load_state_dict(layer.state_dict())
+    for training in (True, True, False):
+        features = [normal(2, 4, 3, 5, seed=7).requires_grad_() for _ in range(2)]
+        ours, torchs = (
+            each.train(training)(x) for each, x in zip((layer, plain), features, strict=True)
+        )
+        close(ours, torchs, 0.0)
+        for a, b in zip(
+            gradients(ours.square(), [features[0], *layer.parameters()]),
+            gradients(torchs.square(), [features[1], *plain.parameters()]),
+            strict=True,
+        ):
+            close(a, b, 0.0)
+        for name, value in plain.state_dict().items():
+            close(layer.state_dict()[name], value, 0.0)
+    layer.reset_parameters()
+    assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_narrow_batch_normalisation_keeps_its_statistics_of_wide_features(dtype):
+    layer, plain = BatchNorm2d(4), nn.BatchNorm2d(4).double()
+    randomize(layer)
+    layer = layer.to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    features = normal(2, 4, 3, 5)
+    for _ in range(2):
+        close(layer(features), plain(features))
+    assert layer.running_var.dtype == dtype
+    assert layer.num_batches_tracked == plain.num_batches_tracked
+    for name in ("running_mean", "running_var"):
+        close(getattr(layer, name), getattr(plain, name), 2 * torch.finfo(dtype).eps)
+
+
+def test_a_single_value_a_channel_is_its_own_mean():
+    """torch refuses it; its variance is no estimate, so that the kept statistics stay."""
+    layer = BatchNorm2d(4).double()
+    randomize(layer)
+    before = copy.deepcopy(layer.state_dict())
+    features = normal(1, 4, 1, 1).requires_grad_()
+    value = layer(features)
+    close(value, layer.bias[None, :, None, None], 0.0)
+    close(gradients(value, [features])[0], torch.zeros_like(features), 0.0)
+    assert layer(features * math.nan).isnan().all()
+    for name, kept in layer.state_dict().items():
+        close(kept, before[name], 0.0)
+    assert layer.eval()(features).ne(value).all()
+
+
+def test_an_empty_batch_leaves_the_kept_statistics():
+    block = normalised_block()
+    assert block(torch.zeros(0, 4, 3, 5).double()).shape == (0, 4, 3, 5)
+    assert not block.norm_out.running_mean.any()
+    assert (block.norm_out.running_var == 1).all()
+
+
+@torch_scripts
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_the_released_block(training):
+    block = normalised_block().train(training)
+    randomize(block)
+    features = normal(2, 4, 2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(block, (features,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(block, (features,))
+
+
+def test_a_released_block_that_is_asked_twice_has_both_gradients():
+    block = normalised_block()
+    randomize(block)
+    first, second = (normal(2, 4, 3, 5, seed=seed) for seed in (1, 2))
+    together = gradients(block(first).sum() + block(second).square().sum(), trained(block))
+    apart = [gradients(x, trained(block)) for x in (block(first), block(second).square())]
+    for both, a, b in zip(together, *apart, strict=True):
+        close(both, a + b)
+
+
+def test_both_released_blocks_are_trained():
+    student, teacher = mismatched()
+    loss = NonLocalLoss(
+        4, 6, kind="dot_product", teacher_relation="trained", residual=True, batch_norm=True
+    )
+    start = copy.deepcopy(loss.state_dict())
+    train(loss, student, teacher, lr=0.05)
+    moved = [name for name, value in loss.state_dict().items() if not value.equal(start[name])]
+    assert {name for name in start if "relation" in name} <= set(moved)
+    assert loss.teacher_relation(teacher).norm() > 0.3 * teacher.norm()
+
+
+def test_a_sync_batch_norm_conversion_keeps_the_start():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(normalised_block())
+    assert isinstance(block.norm_out, nn.SyncBatchNorm)
+    assert not block.norm_out.weight.any()
+
+
 # --- good manners ---------------------------------------------------------------------------------
 
 
@@ -226,6 +367,7 @@ def test_pickle_and_repr_of_the_maps(module, option):
             NonLocalLoss(4, 3, kind="gaussian", teacher_relation="trained"),
             ["teacher_relation='trained'"],
         ),
+        (NonLocalRelation(4, kind="gaussian", residual=True, batch_norm=True), ["batch_norm=True"]),
         (FeatureDistillationLoss(4, 3, hyperparameters=ALL_TERMS), ["alpha=0.5", "gamma=3.0"]),
     ],
 )
@@ -633,6 +775,7 @@ RELEASED = {
     "absolute": False,
     "reduction": "norm",
     "residual": True,
+    "batch_norm": True,
     "teacher_relation": "trained",
     "kind": "dot_product",
     "transfer_attention": "both",
@@ -643,6 +786,7 @@ PRINTED = {
     "absolute": True,
     "reduction": "mean",
     "residual": False,
+    "batch_norm": False,
     "teacher_relation": "fixed",
     "transfer_attention": "both",
     "masked_attention": "both",
@@ -822,6 +966,7 @@ def test_hyperparameters_reach_every_term():
         masked_attention="channel",
         kind="concatenation",
         residual=True,
+        batch_norm=True,
         teacher_relation="trained",
         normalize=True,
     )
@@ -844,6 +989,7 @@ def test_hyperparameters_reach_every_term():
             3,
             kind="concatenation",
             residual=True,
+            batch_norm=True,
             teacher_relation="trained",
             reduction="sum",
             normalize=True,

@@ -1,5 +1,6 @@
 """The worked example of the authors' released code, every term and the total, to 1e-12."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import close
+from torch import nn
 
 import featkd
 from featkd import functional
@@ -191,8 +193,13 @@ def test_non_local_module(teacher_relation):
     agree(load_relations(loss)(STUDENT, TEACHER), TERMS["non_local"])
 
 
-def test_the_preset_gives_every_term_and_the_total():
-    loss = featkd.FeatureDistillationLoss(4, 4, hyperparameters=featkd.RELEASED_TWO_STAGE)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_preset_gives_every_term_and_the_total(batch_norm):
+    """The example was made without batch normalisation; with one that changes nothing, the same."""
+    preset = dataclasses.replace(featkd.RELEASED_TWO_STAGE, batch_norm=batch_norm)
+    loss = featkd.FeatureDistillationLoss(4, 4, hyperparameters=preset).eval()
+    for layer in (x for x in loss.modules() if isinstance(x, nn.BatchNorm2d)):
+        layer.double().weight.detach().copy_((layer.running_var + layer.eps).sqrt())
     load_transfer(loss.attention_transfer["features"])
     load(loss.attention_masked["features"], adapter=ADAPTERS["feature"])
     load_relations(loss.non_local["features"])

@@ -63,6 +63,15 @@ def test_the_auc_of_attention_and_the_size_of_the_features(
     assert found["stage"]["rms"] == pytest.approx((sum(squares) / 8) ** 0.5)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 40.0, 1e30])
+def test_the_auc_is_of_the_order_alone(scale: float) -> None:
+    scores = scale * torch.tensor([[1.0, 1.2, 1.5], [1.5, 2.0, 4.0]])
+    objects = torch.tensor([[0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    # Of 1, 1.5 and 2 the objects' 1.2, 1.5 and 4 pass 1, 1.5 (a tie is a half) and 3. A float32
+    # sigmoid, which torchmetrics takes outside 0 to 1, ties all of them at the ends of the scale.
+    assert float(study_attention.auc(scores, objects)) == pytest.approx(5.5 / 9)
+
+
 def test_the_command_writes_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
