@@ -44,6 +44,7 @@ from misuse_kinds import (
     kind_errors,
     normal,
     not_hidden,
+    number,
     poisoned,
     shown,
     tensor,
@@ -122,8 +123,6 @@ def two_maps(name: str, wrong: Mapping[str, list[Wrong]], **others: Wrong) -> Ro
     not_applicable = NO_NUMBER | NO_MODEL
     if not any(wrong is FUNCTION for wrong in wrong.values()):
         not_applicable |= NO_FUNCTION
-    if "absolute" not in wrong:
-        not_applicable |= NO_FLAG
     return Row(
         name,
         call,
@@ -253,6 +252,14 @@ TOKENS = normal(2, 13, 5)
 FUNCTIONS = [
     one_map("spatial_attention"),
     one_map("channel_attention"),
+    Row(
+        "standardize",
+        f.standardize,
+        {"features": MAP},
+        {"features": feature_map(MAP, alone=True), "over": CHOICE},
+        {"an empty batch": Wrong("zero size", partial(f.standardize, MAP[:0]), empty_or_zero)},
+        ONE_TENSOR | {"shape"} | NO_NUMBER | NO_FLAG | NO_FUNCTION | NO_MODEL,
+    ),
     mask_row(
         "attention_mask",
         partial(f.attention_mask, temperature=0.5),
@@ -265,6 +272,7 @@ FUNCTIONS = [
             "channel_adapter": FUNCTION,
             "absolute": FLAG,
             "reduction": CHOICE,
+            "standardize": FLAG,
         },
         **result_cells(),
     ),
@@ -284,6 +292,7 @@ FUNCTIONS = [
                 optional=True,
             ),
             "reduction": CHOICE,
+            "standardize": FLAG,
         },
     ),
     Row(
@@ -308,9 +317,10 @@ FUNCTIONS = [
             "student_relation": positions(MAP, MAP2, (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 5, 4)),
             "teacher_relation": positions(MAP2, MAP, (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 20)),
             "reduction": CHOICE,
+            "standardize": FLAG,
         },
         pair_cells(f.non_local_loss, MAP, MAP2, detaches=False, meta=False),
-        NO_NUMBER | NO_FLAG | NO_FUNCTION | NO_MODEL,
+        NO_NUMBER | NO_FUNCTION | NO_MODEL,
     ),
     Row(
         "from_channels_last",
@@ -386,6 +396,7 @@ def build(name: str, right: Mapping[str, Any], wrong: Mapping[str, list[Wrong]])
     return Row(name, getattr(featkd, name), right, wrong, not_applicable=options)
 
 
+TEMPERATURE = number(0, 0.0, -1, -0.5, optional=True)
 BATCH_NORM = [*FLAG, Wrong("no flag", True, ValueError, ("`batch_norm`", "`residual`"))]
 THREE_TWO = {"student_channels": 3, "teacher_channels": 2}
 RELATION = {
@@ -422,6 +433,7 @@ CONSTRUCTORS = [
             "reduction": CHOICE,
             "resize": RESIZE,
             "normalize": FLAG,
+            "standardize": FLAG,
         },
     ),
     build(
@@ -429,12 +441,13 @@ CONSTRUCTORS = [
         THREE_TWO | {"temperature": 0.5},
         {
             **CHANNELS,
-            "temperature": ABOVE_0,
+            "temperature": TEMPERATURE,
             "fusion": CHOICE,
             "attention": CHOICE,
             "reduction": CHOICE,
             "resize": RESIZE,
             "normalize": FLAG,
+            "standardize": FLAG,
         },
     ),
     build(
@@ -452,6 +465,7 @@ CONSTRUCTORS = [
             "reduction": CHOICE,
             "resize": RESIZE,
             "normalize": FLAG,
+            "standardize": FLAG,
         },
     ),
     build(
@@ -459,7 +473,7 @@ CONSTRUCTORS = [
         SETTINGS,
         {
             **dict.fromkeys(("alpha", "beta", "gamma"), AT_LEAST_0),
-            "temperature": ABOVE_0,
+            "temperature": TEMPERATURE,
             "fusion": CHOICE,
             "absolute": FLAG,
             "reduction": CHOICE,
@@ -470,6 +484,7 @@ CONSTRUCTORS = [
             "batch_norm": BATCH_NORM,
             "teacher_relation": CHOICE,
             "normalize": FLAG,
+            "standardize": FLAG,
         },
     ),
     Row(

@@ -101,6 +101,11 @@ def at_level(student=MAP, teacher=MAP, **options):
 
 
 TEXTS = {
+    "`normalize` must be False with `standardize`, got True.": (
+        lambda: featkd.NonLocalLoss(3, 3, kind="gaussian", normalize=True, standardize=True)
+    ),
+    "`reduction` must be 'none', 'mean' or 'sum' with `standardize`, which gives no norm, "
+    "got 'norm'.": lambda: f.non_local_loss(MAP, MAP, reduction="norm", standardize=True),
     # the checks
     "`features` must be a tensor, got list.": lambda: f.spatial_attention([1.0]),
     "`features` must be a tensor of float16, bfloat16, float32 or float64, got torch.int64.": (

@@ -490,3 +490,66 @@ def test_a_gradient_step_on_student_and_adapters_lowers_the_total(pair, kind):
         for value, gradient in zip(trained, gradients, strict=True):
             value -= 1e-6 * before / slope * gradient
     assert sum(loss(student, pair[1]).values()) < before
+
+
+# --- the standardised form ------------------------------------------------------------------------
+
+STANDARDIZED = {
+    "transfer": functools.partial(attention_transfer_loss, standardize=True),
+    "masked": functools.partial(attention_masked_loss, standardize=True),
+    "non_local": functools.partial(non_local_loss, standardize=True),
+}
+each_standardized = pytest.mark.parametrize("name", STANDARDIZED)
+
+
+@each_standardized
+@given(generic_pairs(), factors, factors)
+def test_a_standardized_loss_is_free_of_scale(name, pair, a, b):
+    """loss(k S, k T) = loss(S, T), and each side may have a factor of its own."""
+    loss, (student, teacher) = STANDARDIZED[name], pair
+    close(loss(a * student, b * teacher), loss(student, teacher), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["masked", "non_local"])
+@given(generic_pairs(), seeds)
+def test_a_standardized_loss_is_free_of_each_channel_s_scale_and_offset(name, pair, seed):
+    loss, (student, teacher) = STANDARDIZED[name], pair
+    channels = student.shape[1]
+    scale = normal(2, channels, 1, 1, seed=seed).exp()
+    offset = normal(2, channels, 1, 1, seed=seed + 1)
+    changed = loss(scale[0] * student + offset[0], scale[1] * teacher + offset[1])
+    close(changed, loss(student, teacher), 1e-7)
+
+
+@each_standardized
+@given(generic_pairs())
+def test_a_standardized_loss_lies_between_0_and_2_a_map(name, pair):
+    value = STANDARDIZED[name](*pair, reduction="none")
+    maps = 2 if name == "transfer" else 1
+    assert ((value >= 0) & (value <= 2 * maps + 1e-12)).all()
+    opposite = STANDARDIZED[name](pair[0], -pair[0], reduction="none")
+    if name != "transfer" and pair[0][0, 0].numel() > 1:
+        close(opposite, torch.full_like(opposite, 2.0))
+
+
+@given(generic_pairs())
+def test_a_standardized_loss_is_1_less_the_correlation(pair):
+    student, teacher = pair
+    if student[0, 0].numel() == 1:
+        return
+    expected = [
+        1 - torch.corrcoef(torch.stack([s.flatten(), t.flatten()]))[0, 1]
+        for image in zip(student, teacher, strict=True)
+        for s, t in zip(*image, strict=True)
+    ]
+    value = attention_masked_loss(student, teacher, standardize=True)
+    close(value, torch.stack(expected).mean(), 1e-9)
+
+
+@given(generic_pairs())
+def test_standardized_features_have_mean_0_and_mean_square_1(pair):
+    for over, dims in (("image", (2, 3)), ("batch", (0, 2, 3))):
+        features = featkd.standardize(pair[0], over=over)
+        close(features.mean(dims), torch.zeros(features.mean(dims).shape))
+        square = features.square().mean(dims)
+        close(square, (square > 0.5).double())

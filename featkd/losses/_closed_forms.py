@@ -39,10 +39,7 @@ def weighted_distance(
 def correlation_distance(
     a: Tensor, b: Tensor, by_position: Tensor | None = None, by_channel: Tensor | None = None
 ) -> Tensor:
-    """Half the mean of `w v (s - t)^2` per image, `(B,)`, of `a` and `b` standardised.
-
-    No gradient reaches the weights.
-    """
+    """Half the mean of `w v (s - t)^2` per image, `(B,)`, of `a` and `b` standardised."""
     result: Tensor = _CorrelationDistance.apply(a, b, by_position, by_channel)
     return result
 
@@ -196,26 +193,37 @@ class _CorrelationDistance(torch.autograd.Function):
                 [x for y in (a, b) for x in _standardized(y.to(moments.dtype))[1]]
             )
         slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
-        if by_channel is not None:
-            slope = slope * by_channel
+        weighted = slope if by_channel is None else slope * by_channel
+
+        def standardized(block: slice) -> list[Tensor]:
+            return [
+                scaled(less(x[:, block] - mean[:, block], rest[:, block]), inverse[:, block])
+                for x, (mean, rest, inverse) in ((a, moments[:3]), (b, moments[3:]))
+            ]
 
         def gradient(side: int) -> Tensor:
             def factors(block: slice) -> tuple[Tensor, Tensor]:
-                sides = [
-                    scaled(less(x[:, block] - mean[:, block], rest[:, block]), inverse[:, block])
-                    for x, (mean, rest, inverse) in ((a, moments[:3]), (b, moments[3:]))
-                ]
+                sides = standardized(block)
                 s, t = sides[side], sides[1 - side]
                 u = s - t if by_position is None else scaled(s - t, by_position[:, None])
                 along = (u * s).mean(OVER_POSITIONS, keepdim=True)
                 u = less(less(u, u.mean(OVER_POSITIONS, keepdim=True)), scaled(s, along))
-                return u, slope[:, block, None, None] * moments[3 * side + 2, :, block]
+                return u, weighted[:, block, None, None] * moments[3 * side + 2, :, block]
 
             return product((a, b)[side], factors)
 
         to_a = gradient(0) if ctx.needs_input_grad[0] else None
         to_b = gradient(1) if ctx.needs_input_grad[1] else None
-        return to_a, to_b, None, None
+        to_position = to_channel = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            s, t = standardized(slice(None))
+            square = (s - t).square() / 2
+            if ctx.needs_input_grad[2]:
+                to_position = (square * weighted[:, :, None, None]).sum(1)
+            if ctx.needs_input_grad[3]:
+                square = square if by_position is None else square * by_position[:, None]
+                to_channel = square.sum(OVER_POSITIONS) * slope
+        return to_a, to_b, to_position, to_channel
 
 
 def _standardized(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

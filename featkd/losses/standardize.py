@@ -69,10 +69,9 @@ def standardized_distance(
 
     Without masks that is 1 - correlation, the mean over the channels: from 0 to 2.
     """
-    masks = spatial_mask, channel_mask
-    if takes_closed_form() and not any(mask is not None and mask.requires_grad for mask in masks):
-        return correlation_distance(student, teacher, *masks)
-    dtype = compute_dtype(student, teacher, *masks)
+    if takes_closed_form():
+        return correlation_distance(student, teacher, spatial_mask, channel_mask)
+    dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
     s, t = (standardized(x.to(dtype), OVER_POSITIONS) for x in (student, teacher))
     square = (s - t).square()
     if spatial_mask is not None:
