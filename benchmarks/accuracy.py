@@ -141,6 +141,18 @@ def of_mask(temperature: float) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     return scales
 
 
+def of_standardize(inputs, value, cotangent, gradients):
+    """In units of 1 + |mean| / deviation, since the mean's rounding is the deviation's too."""
+    (x,), dims = inputs, (2, 3)
+    deviation = x.std(dims, correction=0, keepdim=True)
+    factor = 1 + (x.mean(dims, keepdim=True).abs() / deviation).nan_to_num(0.0, 1e30)
+    size = cotangent.abs()
+    along = (size * value.abs()).mean(dims, keepdim=True)
+    slope = (size + size.mean(dims, keepdim=True) + value.abs() * along) / deviation
+    largest = 1 + value.abs().amax(dims, keepdim=True)
+    return factor * largest, [(factor * slope).nan_to_num(0.0, 1e30)]
+
+
 def of_norm(inputs, value, cotangent, gradients):
     return value, [x.abs().amax() for x in gradients]
 
@@ -196,6 +208,7 @@ def mask_of_one_temperature(ours: Tensor, theirs: Tensor) -> Tensor:
 CALLS = {
     "spatial_attention": Call(functional.spatial_attention, maps(1), of_mean((1,))),
     "channel_attention": Call(functional.channel_attention, maps(1), of_mean((2, 3))),
+    "standardize": Call(functional.standardize, maps(1), of_standardize),
     "attention_mask": Call(mask_of_one_temperature, attentions, of_mask(TEMPERATURE)),
     "attention_transfer_loss": Call(functional.attention_transfer_loss, maps(2), of_transfer),
     "attention_masked_loss": Call(

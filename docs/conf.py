@@ -13,7 +13,7 @@ copyright = author
 version = release = featkd.__version__
 html_theme = "furo"
 html_title = f"featkd {version}"
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_math_renderer = "mathml"
 exclude_patterns = ["build"]
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|hypothesis)\..*")]
@@ -21,7 +21,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|collections|hypothesis)\..*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-napoleon_custom_sections = ["Accuracy", "Shape", ("Returns (forward)", "returns_style")]
+napoleon_custom_sections = ["Shape", ("Returns (forward)", "returns_style")]
 default_role = "code"  # the docstrings' single backquotes
 
 

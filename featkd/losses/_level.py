@@ -55,6 +55,7 @@ class LevelLoss(nn.Module):
         return ", ".join((f"{self.student_channels}, {self.teacher_channels}", *options))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of the features, as `reduction` says."""
         student, teacher = admit(
             student,
             teacher,

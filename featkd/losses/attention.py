@@ -49,10 +49,6 @@ def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     Returns:
         `(B, H, W)`, at least 0 where `absolute`, in float32 or wider, in the unit of the features.
 
-    Accuracy:
-        Value within 4e-6, gradient within 4e-7, relative to the mean of \|A\| and to itself; inf
-        where the sum passes 3.4e38.
-
     Raises:
         TypeError: `features` is no floating-point tensor.
         ValueError: `features` is not of shape `(B, C, H, W)`.
@@ -80,10 +76,6 @@ def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
 
     Returns:
         `(B, C)`, at least 0 where `absolute`, in float32 or wider, in the unit of the features.
-
-    Accuracy:
-        Value within 4e-6, gradient within 4e-7, relative to the mean of \|A\| and to itself; inf
-        where the sum passes 3.4e38.
 
     Raises:
         TypeError: `features` is no floating-point tensor.
@@ -127,12 +119,6 @@ def attention_mask(
 
     Returns:
         The shape of the inputs, at least 0, each image's elements summing to n; float32 or wider.
-
-    Accuracy:
-        Value within 1e-6, gradients within 1e-6, relative to (1 + s) times each element and times
-        the same sums of absolute values; s is the largest minus the smallest element of one map
-        plus that of the other, over T. An element below 1.2e-38 n, which underflows, counts as
-        that. NaN at the worst where s or a map passes 1e38.
 
     Raises:
         TypeError: a map is no floating-point tensor, or `temperature` no number.

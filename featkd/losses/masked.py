@@ -64,11 +64,6 @@ def attention_masked_loss(
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
         wider. 0 with gradient 0 where the features are equal.
 
-    Accuracy:
-        Value within 2e-6, gradients within 4e-6, relative to itself and to the largest element,
-        for losses from 1e-19 sqrt(CHW) to 1.8e19. Above it is inf with gradient 0; below, the
-        squares underflow: it is off by up to 4e-23 sqrt(CHW), to 0 with gradient 0 in the end.
-
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: the shapes or devices do not fit, or `reduction` is unknown.

@@ -48,11 +48,6 @@ def non_local_loss(
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
         wider. 0 with gradient 0 where they are equal.
 
-    Accuracy:
-        Value within 2e-6, gradients within 4e-6, relative to itself and to the largest element,
-        for losses from 1e-19 sqrt(DN) to 1.8e19. Above it is inf with gradient 0; below, the
-        squares underflow: it is off by up to 4e-23 sqrt(DN), to 0 with gradient 0 in the end.
-
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: the shapes or devices differ, or `reduction` is unknown.

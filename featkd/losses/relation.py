@@ -22,12 +22,6 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
         `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
         (forward mode and a second derivative build their matrix).
 
-    Accuracy:
-        Value within 1e-5, gradients within 4e-5, relative to (1 + l) max_j \|g_j\| and to (1 + l)
-        times the same sums of absolute values; l is the largest sum over the channels of
-        \|x_i\| \|x_j\|. From l of 1e5 on that leaves only that the result is a weighted mean of the
-        g_j. NaN where logits may pass 3.4e38.
-
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: the shapes or devices do not fit.
@@ -63,12 +57,6 @@ def embedded_gaussian_relation(
         `(B, D, *positions of theta)`, in the unit of g; float32 or wider. Memory is linear in the
         positions (a second derivative builds their matrix).
 
-    Accuracy:
-        Value within 1e-5, gradients within 4e-5, relative to (1 + l) max_j \|g_j\| and to (1 + l)
-        times the same sums of absolute values; l is the largest sum over the channels of
-        \|s theta_i\| \|phi_j\|. From l of 1e5 on that leaves only that the result is a weighted
-        mean of the g_j. NaN where logits may pass 3.4e38.
-
     Raises:
         TypeError: an argument is no floating-point tensor, or `scale` no number.
         ValueError: the shapes or devices do not fit.
@@ -100,12 +88,6 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions of theta)`, in the unit of theta * phi * g; float32 or wider.
-
-    Accuracy:
-        Value within 1e-3, gradients within 1e-3, relative to the same sums of absolute values; for
-        random features 2e-6, but matrix products add one by one, so that a constant or a spike over
-        100,000 keys costs digits. inf or NaN where a sum of products passes 3.4e38; products below
-        1e-38 lose digits and end at 0.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -141,11 +123,6 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions of theta)`, in the unit of theta * g; float32 or wider.
-
-    Accuracy:
-        Value within 4e-7, gradients within 4e-6, relative to (\|theta_i\| + max \|phi\|) times the
-        mean of \|g\| and to the same for the gradients. Which keys a query sees is exact, and keys
-        that no query sees are left out of max \|phi\|. inf or NaN where a sum passes 3.4e38.
 
     Raises:
         TypeError: an argument is no floating-point tensor.

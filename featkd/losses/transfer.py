@@ -59,13 +59,6 @@ def attention_transfer_loss(
         `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
         wider. 0 with gradient 0 where the maps are equal.
 
-    Accuracy:
-        Value within 4e-6, gradients within 4e-6, relative to n, the sum of the norms of all four
-        maps, and to n / d times the largest element, with d the smaller of the two distances: a
-        distance is a difference of means, and where different features have equal maps its
-        gradient's direction is left to rounding. inf with gradient 0 where a distance passes
-        1.8e19; distances below 1e-19 times the root of the map's size lose digits and end at 0.
-
     Raises:
         TypeError: features are no floating-point tensors, or an adapter is not callable.
         ValueError: the shapes or devices do not fit, or `reduction` is unknown.
