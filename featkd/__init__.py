@@ -24,7 +24,7 @@ from .hyperparameters import (
     TWO_STAGE,
     Hyperparameters,
 )
-from .layouts import from_channels_last, from_tokens
+from .layouts import PatchTokens, from_channels_last, from_tokens
 from .masked import AttentionMaskedLoss
 from .matching import Layer, LayerMatch, match_layers
 from .non_local import NonLocalLoss, NonLocalRelation
@@ -53,6 +53,7 @@ __all__ = [
     "LayerMatch",
     "NonLocalLoss",
     "NonLocalRelation",
+    "PatchTokens",
     "Report",
     "SpatialAttention",
     "attention_mask",
