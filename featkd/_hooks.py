@@ -14,10 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# A tensor, its version at the capture (None where it cannot have changed), and the (C, H, W) of
-# the image behind it (None where nobody asked).
-Capture = tuple[Tensor, int | None, tuple[int, int, int] | None]
-
 # Masks are no image.
 _PIXELS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,15 +24,31 @@ class Store:
     def __init__(self) -> None:
         self.armed = False
         self.thread: int | None = None
+        # Alias -> what notes the images of its captures, from the model to the tapped module.
+        self.image_hooks: dict[str, list[ImageHook]] = {}
         self.clear()
         # How often each alias is captured before the forward is left; None: it runs to its end.
         self.wanted: Mapping[str, int] | None = None
 
     def clear(self) -> None:
         self.grad_enabled = False
-        self.captured: dict[str, list[Capture]] = {}
-        # Alias -> (C, H, W) of the image that the model is called with.
-        self.images: dict[str, tuple[int, int, int]] = {}
+        # Alias -> (tensor, its version at the capture, None where it cannot have changed).
+        self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
+        for hooks in self.image_hooks.values():
+            for hook in hooks:
+                hook.seen = []
+
+    def image_size(self, alias: str, index: int) -> tuple[int, int] | None:
+        """The height and width of the image behind a capture.
+
+        What enters a part of the model is the image, resized, where it has as many channels.
+        """
+        hooks = self.image_hooks.get(alias, [])
+        seen = [image for hook in hooks for image in hook.seen if image[0] <= index]
+        latest = max([captures for captures, *_ in seen], default=0)
+        sizes = [(image[1], image[2:]) for image in seen if image[0] == latest]
+        alike = [size for channels, size in sizes if channels == sizes[0][0]]
+        return alike[-1] if alike else None
 
     def leave_if_complete(self) -> None:
         wanted = self.wanted or {}
@@ -103,8 +115,7 @@ class _Hook:
             value = value.clone()
         elif not torch.compiler.is_compiling() and not value.is_inference():
             version = value._version
-        capture = (value, version, store.images.get(self.alias))
-        store.captured.setdefault(self.alias, []).append(capture)
+        store.captured.setdefault(self.alias, []).append((value, version))
         if not torch.compiler.is_compiling() and store.wanted is not None:
             store.leave_if_complete()
 
@@ -137,10 +148,10 @@ class CallHook(_Hook):
 
 
 class ImageHook(_Hook):
-    """Notes the image as it enters the model, or a part around the tapped module that resizes it.
+    """Notes the first 4-D tensor that enters the model, or a part around the tapped module."""
 
-    It is the first 4-D tensor of the call; what enters a part is it where the channels are equal.
-    """
+    # Of its own: one that others write to would tie compiled code to the numbers in it.
+    seen: list[tuple[int, int, int, int]]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         store = self._open_store(module)
@@ -148,10 +159,9 @@ class ImageHook(_Hook):
             return
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.dim() == 4 and value.dtype in _PIXELS:
-                channels, height, width = value.shape[1:]
-                known = store.images.get(self.alias)
-                if known is None or known[0] == channels:
-                    store.images[self.alias] = (channels, height, width)
+                captures = len(store.captured.get(self.alias, ()))
+                _, channels, height, width = value.shape
+                self.seen.append((captures, channels, height, width))
                 return
 
 

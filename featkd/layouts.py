@@ -159,19 +159,19 @@ Convert = Callable[[Tensor], Tensor] | PatchTokens
 
 
 def converted(
-    function: Convert | None, feature: Tensor, image: tuple[int, int, int] | None, alias: str
+    function: Convert | None, feature: Tensor, image_size: tuple[int, int] | None, alias: str
 ) -> Tensor:
-    """What a tap hands on of a capture; `image` is the `(C, H, W)` of the one behind it."""
+    """What a tap hands on of a capture."""
     if function is None:
         return feature
     if isinstance(function, PatchTokens):
-        if image is None:
+        if image_size is None:
             raise RuntimeError(
                 f"`convert[{alias!r}]` must know the image's size, got no image (B, C, H, W) in a "
                 "call of the model or of a part around the tapped module: call these and not "
                 "their methods, or take `featkd.from_tokens` with a size."
             )
-        return function(feature, image[1:])
+        return function(feature, image_size)
     found: object = function(feature)
     if not isinstance(found, Tensor):
         raise TypeError(f"`convert[{alias!r}]` must return a tensor, got {type(found).__name__}.")

@@ -107,12 +107,11 @@ class FeatureTap:
         for alias, (module, takes_input, keys) in found.items():
             path = self.layers[alias]
             if isinstance(self.convert.get(alias), PatchTokens):
-                image = ImageHook(self._store, alias, path)
-                handles += [
-                    around.register_forward_pre_hook(image, with_kwargs=True)
-                    for around in model.modules()
-                    if module in around.modules()
-                ]
+                for around in model.modules():
+                    if module in around.modules():
+                        image = ImageHook(self._store, alias, path)
+                        self._store.image_hooks.setdefault(alias, []).append(image)
+                        handles.append(around.register_forward_pre_hook(image, with_kwargs=True))
             if takes_input:
                 before = InputHook(self._store, alias, path, keys, clone)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -158,6 +157,10 @@ class FeatureTap:
                 a capture was changed in place.
         """
         captured, grad_enabled = self._store.captured, self._store.grad_enabled
+        sizes = {
+            alias: [self._store.image_size(alias, index) for index in range(len(found))]
+            for alias, found in captured.items()
+        }
         self._store.clear()
         if not torch.compiler.is_compiling():
             move_last(self._handles)
@@ -168,10 +171,11 @@ class FeatureTap:
             found = captured.get(alias, [])
             if len(found) != expected:
                 raise RuntimeError(self._miscount(alias, expected, len(found)))
-            for index, (feature, version, image) in enumerate(found):
+            for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version, grad_enabled)
                 name = alias if expected == 1 else f"{alias}[{index}]"
-                features[name] = converted(self.convert.get(alias), feature, image, alias)
+                size = sizes[alias][index]
+                features[name] = converted(self.convert.get(alias), feature, size, alias)
         return features
 
     def remove(self) -> None:

@@ -23,6 +23,7 @@ CHECKPOINTS = {
     "lightning_module": (["--checkpoint", "lightning.ckpt"], "lightning.ckpt"),
     "hf_trainer": (["--output", "hf"], f"hf/checkpoint-{STEPS}/model.safetensors"),
     "torchvision_reference": (["--output-dir", "."], "model_0.pth"),
+    "vit_teacher": (["--checkpoint", "vit.pt"], "vit.pt"),
 }
 DISTILLATION = {"attention_transfer", "attention_masked", "non_local"}
 
@@ -52,7 +53,7 @@ class Run:
     def checkpoint(self) -> dict[str, Tensor]:
         file = self.folder / CHECKPOINTS[self.name][1]
         match self.name:
-            case "plain_loop":
+            case "plain_loop" | "vit_teacher":
                 return torch.load(file, weights_only=True)["distiller"]
             case "lightning_module":
                 state = torch.load(file, weights_only=True)["state_dict"]

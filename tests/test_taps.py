@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import close
+from cases import close, normal
 from models import LEVELS, Net, hook_count, images, plain_hooks, raises, snapshot, unchanged
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import featkd
-from featkd import FeatureTap
+from featkd import FeatureTap, PatchTokens
 
 
 def captured(tap, call):
@@ -157,7 +157,7 @@ def test_a_module_that_did_not_run_is_an_error():
     tap = FeatureTap(model, {"head": "head"})
     with tap:
         model.backbone(images())
-        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model inside")
+        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model itself")
 
 
 def test_a_module_that_ran_too_often_is_an_error():
@@ -239,6 +239,188 @@ def test_a_conversion_that_fails_leaves_the_tap_ready():
         model(images())
         raises(ValueError, tap.pop, "`tokens`")
         raises(RuntimeError, tap.pop, "got 0")
+
+
+# --- tokens, whose map follows the image ----------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """The tokens of 4 x 4 patches behind two others."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 4, 4)
+        self.double()
+
+    def forward(self, image):
+        tokens = self.conv(image).flatten(2).mT
+        return torch.cat([tokens[:, :2] * 0, tokens], dim=1)
+
+
+class Vit(nn.Module):
+    def __init__(self, channels=3):
+        super().__init__()
+        self.patches = Patches(channels)
+        self.blocks = nn.Sequential(nn.Identity(), nn.Identity())
+
+    def forward(self, pixel_values=None, *, mask=None):
+        return self.blocks(self.features(pixel_values))
+
+    def features(self, pixel_values):
+        return self.patches(pixel_values)
+
+
+class Resized(nn.Module):
+    """Its part sees another image than it does."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.vit = Vit()
+        self.size = size
+
+    def forward(self, image):
+        return self.vit(nn.functional.interpolate(image, self.size))
+
+
+class Batched(nn.Module):
+    """As a detector that takes a list of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = Vit()
+
+    def forward(self, images):
+        return self.vit(torch.stack(images))
+
+
+BY_PATCH = PatchTokens(4, prefix=2)
+SIZES = [(8, 24), (24, 8), (16, 12), (12, 16), (18, 27)]
+
+
+def patch_map(model, image):
+    return (model if isinstance(model, Vit) else model.vit).patches.conv(image)
+
+
+@pytest.mark.parametrize("path", ["blocks.1", "blocks", "patches", "", "blocks:input"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+def test_the_map_of_tokens_follows_the_image(path, by_name):
+    model = Vit()
+    with FeatureTap(model, {"c": path}, convert={"c": BY_PATCH}) as tap:
+        for size in SIZES:
+            image = normal(2, 3, *size)
+            if by_name:
+                model(mask=torch.ones(2, 1, *size, dtype=torch.bool), pixel_values=image)
+            else:
+                model(image)
+            close(tap.pop()["c"], patch_map(model, image), 0.0)
+
+
+def test_a_list_of_images_is_one_where_the_model_batches_it():
+    model = Batched()
+    with FeatureTap(model, {"c": "vit.blocks.0"}, convert={"c": BY_PATCH}) as tap:
+        for size in SIZES:
+            image = normal(2, 3, *size)
+            model(list(image))
+            close(tap.pop()["c"], patch_map(model, image), 0.0)
+
+
+def test_an_image_that_is_resized_inside_counts_as_it_enters_the_part():
+    """The token count alone would not tell: 4 x 16 patches come in and 8 x 8 are looked at."""
+    model = Resized((32, 32))
+    image = normal(2, 3, 16, 64)
+    with FeatureTap(model, {"c": "vit.blocks"}, convert={"c": BY_PATCH}) as tap:
+        model(image)
+        expected = patch_map(model, nn.functional.interpolate(image, (32, 32)))
+        close(tap.pop()["c"], expected, 0.0)
+
+
+def test_feature_maps_inside_are_no_images():
+    class Hybrid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 2, 2).double()
+            self.vit = Vit(channels=8)
+
+        def forward(self, image):
+            return self.vit(self.stem(image))
+
+    model = Hybrid()
+    convert = {"c": PatchTokens(8, prefix=2)}
+    with FeatureTap(model, {"c": "vit.blocks"}, convert=convert) as tap:
+        model(images())
+        close(tap.pop()["c"], patch_map(model, model.stem(images())), 0.0)
+
+
+def test_each_alias_has_the_image_of_its_own_part():
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = Vit(), Vit()
+
+        def forward(self, low, high):
+            return self.low(low), self.high(high)
+
+    model = Streams()
+    layers = {"low": "low.blocks", "high": "high.blocks"}
+    with FeatureTap(model, layers, convert=dict.fromkeys(layers, BY_PATCH)) as tap:
+        low, high = normal(2, 3, 8, 24), normal(2, 3, 24, 8)
+        model(low, high)
+        features = tap.pop()
+    close(features["low"], patch_map(model.low, low), 0.0)
+    close(features["high"], patch_map(model.high, high), 0.0)
+
+
+def test_each_call_has_the_image_of_its_own():
+    model = Vit()
+    batches = [normal(2, 3, *size) for size in SIZES]
+    calls = {"c": len(SIZES)}
+    with FeatureTap(model, {"c": "blocks"}, calls=calls, convert={"c": BY_PATCH}) as tap:
+        for image in batches:
+            model(image)
+        for image, feature in zip(batches, tap.pop().values(), strict=True):
+            close(feature, patch_map(model, image), 0.0)
+
+
+@pytest.mark.parametrize("with_image_before", [True, False])
+def test_tokens_without_an_image_are_an_error(with_image_before):
+    """An image of another forward is none."""
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH}) as tap:
+        if with_image_before:
+            model(images())
+            tap.pop()
+        model.blocks(model.features(images()))
+        raises(RuntimeError, tap.pop, "`convert['c']`", "methods", "from_tokens")
+
+
+def test_tokens_of_another_patch_are_an_error_with_the_image():
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": PatchTokens(8, prefix=2)}) as tap:
+        model(images())
+        raises(ValueError, tap.pop, "16 x 24 in patches of 8 x 8", "2 + 2 x 3 + 0", "(2, 26, 6)")
+
+
+def test_the_image_is_not_kept():
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH}) as tap, torch.no_grad():
+        image = images()
+        alive = weakref.ref(image)
+        model(image)
+        del image
+        assert alive() is None
+        assert tap.pop()["c"].shape == (2, 6, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_of_a_tap_of_tokens(make_copy):
+    model = Vit()
+    tap = FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH})
+    model, tap = make_copy((model, tap))
+    close(captured(tap, lambda: model(images()))["c"], patch_map(model, images()), 0.0)
 
 
 # --- paths ----------------------------------------------------------------------------------------

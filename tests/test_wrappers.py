@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from cases import close
+from cases import close, normal
 from models import LEVELS, Net, distillation_loss, images
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from featkd import Distiller, FeatureTap
+from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, PatchTokens
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -190,6 +190,34 @@ def test_a_compiled_module_inside_checkpointing():
             assert tap.pop().keys() == LEVELS.keys()
 
 
+class PatchNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 4, 4).double()
+        self.block = nn.Tanh()
+
+    def forward(self, image):
+        return self.block(self.patches(image).flatten(2).mT)
+
+
+# The first is compiled as it is, and the others once.
+SIZES = [(16, 24), (24, 16), (8, 48), (40, 20)]
+
+
+@pytest.mark.one_graph
+def test_tokens_of_images_of_many_sizes(counter):
+    model = PatchNet()
+    plain = copy.deepcopy(model)
+    taps = [
+        FeatureTap(net, {"c": "block"}, convert={"c": PatchTokens(4)}) for net in (model, plain)
+    ]
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in SIZES:
+        batch = normal(2, 3, *size)
+        agree(step(taps[0], compiled, batch), step(taps[1], plain, batch))
+    assert counter.frame_count <= 3
+
+
 # --- the distiller --------------------------------------------------------------------------------
 
 
@@ -230,6 +258,20 @@ def test_a_compiled_distiller_with_graph_breaks_equals_eager(shared_input):
             distill(plain, plain, images(seed=seed)),
             1e-10,
         )
+
+
+@pytest.mark.one_graph
+def test_a_compiled_distiller_of_tokens_of_images_of_many_sizes(counter):
+    student = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Tanh()).double()
+    loss = FeatureDistillationLoss(4, 6, hyperparameters=NORMALIZED, resize="bilinear").double()
+    convert = {"c": (None, PatchTokens(4))}
+    distiller = Distiller(student, PatchNet(), loss, {"c": ("0", "block")}, convert=convert)
+    plain = copy.deepcopy(distiller)
+    compiled = torch.compile(distiller, fullgraph=True, backend=counter)
+    for size in SIZES:
+        batch = normal(2, 3, *size)
+        agree(distill(distiller, compiled, batch), distill(plain, plain, batch), 1e-10)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.one_graph
