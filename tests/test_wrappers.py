@@ -153,6 +153,20 @@ def test_a_model_compiled_in_place():
 
 
 @pytest.mark.one_graph
+def test_a_copy_of_a_tapped_model_compiles_in_one_graph(counter):
+    model = Net()
+    tap = FeatureTap(model, LEVELS | {"x": "backbone:input"})
+    duplicate = copy.deepcopy(model)
+    compiled = torch.compile(duplicate, fullgraph=True, backend=counter)
+    for seed in range(2):
+        with tap:
+            close(compiled(images(seed=seed)), model(images(seed=seed)), 1e-12)
+            assert tap.pop().keys() == tap.layers.keys()
+    copied = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
+    close(copy.deepcopy(copied)(images()), model(images()), 1e-12)
+
+
+@pytest.mark.one_graph
 def test_inductor():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)).double()
     plain = copy.deepcopy(model)
@@ -201,7 +215,7 @@ class PatchNet(nn.Module):
 
 
 # The first is compiled as it is, and the others once.
-SIZES = [(16, 24), (24, 16), (8, 48), (40, 20)]
+SIZES = [(24, 56), (56, 40), (64, 72)]
 
 
 @pytest.mark.one_graph
@@ -215,6 +229,7 @@ def test_tokens_of_images_of_many_sizes(counter):
     for size in SIZES:
         batch = normal(2, 3, *size)
         agree(step(taps[0], compiled, batch), step(taps[1], plain, batch))
+    # The second time the hook of the model itself is a graph too, of sizes without a tensor.
     assert counter.frame_count <= 3
 
 
@@ -271,7 +286,7 @@ def test_a_compiled_distiller_of_tokens_of_images_of_many_sizes(counter):
     for size in SIZES:
         batch = normal(2, 3, *size)
         agree(distill(distiller, compiled, batch), distill(plain, plain, batch), 1e-10)
-    assert counter.frame_count <= 3
+    assert counter.frame_count == 2
 
 
 @pytest.mark.one_graph
