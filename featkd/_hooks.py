@@ -80,9 +80,13 @@ class _Hook:
         self.keys = keys
         self.clone = clone
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        """One that does nothing, and that compiles."""
+        return type(self)()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy does nothing and is Python's own, so that what holds it loads without featkd. The
-        # handle lifts torch's count of hooks there: none gets this one's number and its options.
+        # Does nothing and is Python's own: a saved model loads without featkd. The handle lifts
+        # torch's count of hooks there, so that none gets this one's number and its options.
         handle = RemovableHandle(OrderedDict())
         return getattr, (nullcontext(handle), "__exit__")
 

@@ -15,6 +15,7 @@ from featkd.layouts import converts_by_side
 MAPS = normal(2, 5, 3, 4)
 CHANNELS_LAST = MAPS.permute(0, 2, 3, 1).contiguous()
 TOKENS = CHANNELS_LAST.reshape(2, 12, 5)
+PATCHES = PatchTokens(16)
 
 
 def test_channels_last_maps_are_read_element_by_element():
@@ -34,7 +35,7 @@ CALLS = {
     "channels last": (from_channels_last, CHANNELS_LAST),
     "tokens": (lambda tokens: from_tokens(tokens, (3, 4)), TOKENS),
     "tokens behind a prefix": (lambda tokens: from_tokens(tokens, (1, 11), prefix=1), TOKENS),
-    "tokens of an image": (lambda tokens: PatchTokens(16)(tokens, (48, 64)), TOKENS),
+    "tokens of an image": (lambda tokens: PATCHES(tokens, (48, 64)), TOKENS),
 }
 each_call = pytest.mark.parametrize(("call", "features"), CALLS.values(), ids=CALLS)
 
@@ -98,6 +99,50 @@ def test_a_copy_is_equal(make_copy):
     assert make_copy(ours) == ours
     assert hash(make_copy(ours)) == hash(ours)
     assert repr(ours) == "PatchTokens(patch_size=(14, 7), prefix=5, suffix=1)"
+
+
+class Teacher(torch.nn.Module):
+    """The tokens of patches of 4 x 4, behind another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 5, 4, 4).double()
+        self.blocks = torch.nn.Sequential(torch.nn.Tanh())
+
+    def forward(self, pixels):
+        tokens = self.patches(pixels).flatten(2).mT
+        return self.blocks(torch.cat([tokens[:, :1], tokens], dim=1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"shared_input": ("", "")},
+        {"teacher_forward": lambda teacher, image: teacher(pixels=image)},
+        {"early_stop": True},
+    ],
+    ids=["as the student", "shared input", "teacher_forward", "early stop"],
+)
+def test_a_distiller_maps_the_teachers_tokens_by_the_image(call):
+    class Seen(torch.nn.Module):
+        def forward(self, student, teacher):
+            self.teacher = teacher["c"]
+            return {"seen": student["c"].mean()}
+
+    student, teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8)).double(), Teacher()
+    distiller = featkd.Distiller(
+        student,
+        teacher,
+        Seen(),
+        {"c": ("0", "blocks.0")},
+        convert={"c": (None, PatchTokens(4, prefix=1))},
+        **call,
+    )
+    for size in [(8, 24), (24, 8), (16, 16)]:
+        image = normal(2, 3, *size)
+        distiller(image)
+        close(distiller.loss.teacher, teacher.patches(image).tanh(), 0.0)
 
 
 SIDES = {
