@@ -165,9 +165,9 @@ def _graph_instead(modules: Mapping[str, nn.Module], name: str) -> str | None:
         holder = modules[around]
         if isinstance(holder, torch.jit.ScriptModule):
             return around
-        called = _references(holder, "call_module", "get_attr")
         if isinstance(holder, fx.GraphModule) and not any(
-            f"{inside}.".startswith(f"{target}.") for target in called
+            f"{inside}.".startswith(f"{target}.")
+            for target in _references(holder, "call_module", "get_attr")
         ):
             return around
     return None

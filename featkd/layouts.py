@@ -133,10 +133,8 @@ class PatchTokens:
 
     def __call__(self, tokens: Tensor, image_size: tuple[int, int]) -> Tensor:
         require_tensor("tokens", tokens)
-        (patch_height, patch_width), (height, width) = (
-            self._patch(),
-            _pair("image_size", image_size),
-        )
+        patch_height, patch_width = self._patch()
+        height, width = _pair("image_size", image_size)
         cut = height // patch_height, width // patch_width
         padded = -(-height // patch_height), -(-width // patch_width)
         around = self.prefix + self.suffix

@@ -32,9 +32,10 @@ class FeatureTap:
     """Captures what chosen modules of a model put out (or take in) during a forward.
 
     Hooks are added once, here, and removed with :meth:`remove` or when the tap is no longer used;
-    they capture only inside the `with` block. Make the tap before the first call of a compiled
-    model: a hook added later never fires there. The model's outputs, state dict, copies and pickles
-    are untouched. Use one tap in each thread.
+    they capture only inside the `with` block. At its start they go behind the hooks of others, and
+    so capture what a module hands on. Make the tap before the first call of a compiled model: a
+    hook added later never fires there. The model's outputs and state dict are untouched, and its
+    copies and saved files need no featkd. Use one tap in each thread.
 
     Args:
         model: any module; the wrappers of DDP, FSDP, `torch.compile`, checkpointing and EMA in a
@@ -50,12 +51,13 @@ class FeatureTap:
         calls: how often each alias's module runs in one forward where that is not once; its
             captures are named `alias[0]`, `alias[1]`, ...
         convert: for some aliases, a function that makes a feature map `(B, C, H, W)` of the capture
-            at :meth:`pop`: :func:`featkd.from_channels_last`, or
-            `functools.partial(featkd.from_tokens, size=(14, 14), prefix=1)`.
+            at :meth:`pop`: :func:`featkd.from_channels_last`, or for tokens
+            :class:`featkd.PatchTokens`, which takes the image's size from the model's call.
 
     Raises:
         TypeError: `model` is no module or is an `nn.DataParallel`, or `layers` not of its kind.
-        ValueError: a path is malformed, unknown (with close matches) or ambiguous.
+        ValueError: a path is malformed, unknown (with close matches), or of a module that a traced,
+            exported or scripted model never calls.
 
     Example:
         >>> import torch
@@ -152,9 +154,9 @@ class FeatureTap:
         """The features of the last forward by alias; the tap lets go of them.
 
         Raises:
-            RuntimeError: a module did not run as often as expected since the last pop, a capture
-                carries no gradient though the model's call recorded them, or, with `clone=False`,
-                a capture was changed in place.
+            RuntimeError: a module did not run as often as expected since the last pop, was replaced
+                or wrapped, a capture carries no gradient though the model's call recorded them,
+                or, with `clone=False`, was changed in place.
         """
         captured, grad_enabled = self._store.captured, self._store.grad_enabled
         sizes = {
