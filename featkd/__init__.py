@@ -32,7 +32,7 @@ from .presets import (
     Hyperparameters,
 )
 from .report import Report
-from .taps.layouts import from_channels_last, from_tokens
+from .taps.layouts import PatchTokens, from_channels_last, from_tokens
 from .taps.tap import FeatureTap
 
 __version__ = "0.1.0"
@@ -57,6 +57,7 @@ __all__ = [
     "LayerMatch",
     "NonLocalLoss",
     "NonLocalRelation",
+    "PatchTokens",
     "Report",
     "SpatialAttention",
     "attention_mask",

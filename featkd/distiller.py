@@ -46,7 +46,7 @@ class Distiller(nn.Module):
             there is not noticed. Compiled code is not left before its end.
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
             captured, or to a (student's, teacher's) pair of functions, `None` for what is one:
-            `{"c4": (None, functools.partial(featkd.from_tokens, size=(14, 14), prefix=1))}`.
+            `{"c4": (None, featkd.PatchTokens(14, prefix=5))}` for a vision transformer's tokens.
 
     Returns (forward):
         `(output, losses)`. To validate, call `distiller.student`: the teacher does not run.

@@ -248,6 +248,7 @@ def relation(name: str, theta: Tensor, phi: Tensor, **more: list[Wrong]) -> Row:
 
 
 TOKENS = normal(2, 13, 5)
+PATCHES = featkd.PatchTokens(16, prefix=1)
 
 FUNCTIONS = [
     one_map("spatial_attention"),
@@ -376,6 +377,61 @@ FUNCTIONS = [
                 partial(featkd.from_tokens, TOKENS[:0], (3, 4), prefix=1),
                 empty_or_zero,
             )
+        },
+        ONE_TENSOR | NO_STRING | NO_FLAG | NO_FUNCTION | NO_MODEL,
+    ),
+    Row(
+        "PatchTokens",
+        featkd.PatchTokens,
+        {"patch_size": 16, "prefix": 1, "suffix": 0},
+        {
+            "patch_size": [
+                *(wrong for wrong in count() if not isinstance(wrong.value, list)),
+                *(
+                    Wrong("no number", size, TypeError, (repr(size),))
+                    for size in ([8], (14,), (14, 14, 3))
+                ),
+                Wrong("no number", (14.0, 14), TypeError, ("patch_size[0]",)),
+                Wrong("no number", (14, None), TypeError, ("patch_size[1]",)),
+                Wrong("number", (0, 14), ValueError, ("`patch_size[0]`", 0)),
+                Wrong("number", (14, -1), ValueError, ("`patch_size[1]`", -1)),
+            ],
+            "prefix": count(least=0),
+            "suffix": count(least=0),
+        },
+        {
+            **{
+                f"tokens={shown(wrong.value)}": Wrong(
+                    wrong.kind,
+                    partial(PATCHES, wrong.value, (48, 64)),
+                    wrong.expected,
+                    ("`tokens`", *wrong.mentions)
+                    if wrong.expected is TypeError
+                    else wrong.mentions,
+                )
+                for wrong in tensor(
+                    TOKENS,
+                    rank=((13,), (13, 5), (2, 3, 4, 5)),
+                    shape=dict.fromkeys(((2, 12, 5), (2, 14, 5), (2, 5, 13)), "48 x 64 in patches"),
+                    zero=(1, 2),
+                    alone=True,
+                )
+            },
+            **{
+                f"image_size={size}": Wrong(
+                    "no number", partial(PATCHES, TOKENS, size), TypeError, ("image_size",)
+                )
+                for size in (48, None, (48,), (48, 64, 3), (48.0, 64), TOKENS)
+            },
+            "no height": Wrong(
+                "number", partial(PATCHES, TOKENS, (0, 64)), ValueError, ("`image_size[0]`", 0)
+            ),
+            "another image": Wrong(
+                "number", partial(PATCHES, TOKENS, (64, 64)), ValueError, ("64 x 64", "1 + 4 x 4")
+            ),
+            "an empty batch": Wrong(
+                "zero size", partial(PATCHES, TOKENS[:0], (48, 64)), empty_or_zero
+            ),
         },
         ONE_TENSOR | NO_STRING | NO_FLAG | NO_FUNCTION | NO_MODEL,
     ),

@@ -23,6 +23,7 @@ CHECKPOINTS = {
     "lightning_module": (["--checkpoint", "lightning.ckpt"], "lightning.ckpt"),
     "hf_trainer": (["--output", "hf"], f"hf/checkpoint-{STEPS}/model.safetensors"),
     "torchvision_reference": (["--output-dir", "."], "model_0.pth"),
+    "vit_teacher": (["--checkpoint", "vit.pt"], "vit.pt"),
 }
 DISTILLATION = {"attention_transfer", "attention_masked", "non_local"}
 
@@ -52,7 +53,7 @@ class Run:
     def checkpoint(self) -> dict[str, Tensor]:
         file = self.folder / CHECKPOINTS[self.name][1]
         match self.name:
-            case "plain_loop":
+            case "plain_loop" | "vit_teacher":
                 return torch.load(file, weights_only=True)["distiller"]
             case "lightning_module":
                 state = torch.load(file, weights_only=True)["state_dict"]
@@ -185,3 +186,25 @@ def test_the_torchvision_script_trains_under_amp(tmp_path: Path) -> None:
     assert len(losses) == 4
     assert all(math.isfinite(value) for step in losses for value in step.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_vit_teachers_maps_follow_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    distiller = importlib.import_module("vit_teacher").build_distiller()
+    tokens, images, maps = [], [], []
+    distiller.teacher.layernorm.register_forward_hook(lambda *call: tokens.append(call[-1]))
+    distiller.teacher.register_forward_pre_hook(lambda _, args: images.append(args[0]))
+    distiller.loss.register_forward_pre_hook(lambda _, args: maps.append([x["p4"] for x in args]))
+    box = {"boxes": torch.tensor([[4.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    for size in [(96, 128), (128, 96), (96, 96), (128, 112), (112, 128)]:
+        distiller([torch.rand(3, *size)] * 2, [box] * 2)
+    for image, token, (ours, theirs) in zip(images, tokens, maps, strict=True):
+        height, width = image.shape[2] // 14, image.shape[3] // 14
+        # The class token and four registers come first.
+        expected = token[:, 5:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        assert torch.equal(theirs, expected)
+        assert (16 * ours.shape[2], 16 * ours.shape[3]) == image.shape[2:]
+    shapes = {image.shape[2:] for image in images}
+    assert any(h > w for h, w in shapes)
+    assert any(h < w for h, w in shapes)
+    assert len(shapes) > 2

@@ -1,17 +1,21 @@
 """Channels-last maps and tokens as feature maps: the elements, the gradients and the errors."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from cases import close, normal
 from models import raises
 
 import featkd
-from featkd import from_channels_last, from_tokens
+from featkd import PatchTokens, from_channels_last, from_tokens
 from featkd.taps.layouts import converts_by_side
 
 MAPS = normal(2, 5, 3, 4)
 CHANNELS_LAST = MAPS.permute(0, 2, 3, 1).contiguous()
 TOKENS = CHANNELS_LAST.reshape(2, 12, 5)
+PATCHES = PatchTokens(16)
 
 
 def test_channels_last_maps_are_read_element_by_element():
@@ -31,6 +35,7 @@ CALLS = {
     "channels last": (from_channels_last, CHANNELS_LAST),
     "tokens": (lambda tokens: from_tokens(tokens, (3, 4)), TOKENS),
     "tokens behind a prefix": (lambda tokens: from_tokens(tokens, (1, 11), prefix=1), TOKENS),
+    "tokens of an image": (lambda tokens: PATCHES(tokens, (48, 64)), TOKENS),
 }
 each_call = pytest.mark.parametrize(("call", "features"), CALLS.values(), ids=CALLS)
 
@@ -53,6 +58,91 @@ def test_maps_of_one_row_column_or_channel(shape):
     expected = features.permute(0, 3, 1, 2)
     assert torch.equal(from_channels_last(features), expected)
     assert torch.equal(from_tokens(features.flatten(1, 2), shape[1:3]), expected)
+
+
+# --- tokens of an image's patches -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(3, 4), (4, 3), (2, 6), (6, 2), (1, 12), (12, 1)], ids=str)
+@pytest.mark.parametrize("patch", [14, (14, 14), [16, 8]], ids=str)
+def test_the_map_of_an_image_has_its_height_and_width(size, patch):
+    """The same count of tokens for all of them."""
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    image = size[0] * height, size[1] * width
+    expected = CHANNELS_LAST.reshape(2, *size, 5).permute(0, 3, 1, 2)
+    close(PatchTokens(patch)(TOKENS, image), expected, 0.0)
+
+
+def test_what_stands_before_and_behind_the_patches_is_left_out():
+    tokens = torch.cat([normal(2, 5, 5, seed=1), TOKENS, normal(2, 3, 5, seed=2)], dim=1)
+    close(PatchTokens(14, prefix=5, suffix=3)(tokens, (42, 56)), MAPS, 0.0)
+
+
+# The map of 3 x 4 patches of 14 x 14.
+@pytest.mark.parametrize("image", [(42, 56), (43, 69), (55, 57)], ids=str)
+def test_an_image_that_the_model_cuts(image):
+    close(PatchTokens(14)(TOKENS, image), MAPS, 0.0)
+
+
+@pytest.mark.parametrize("image", [(29, 43), (42, 55), (30, 56)], ids=str)
+def test_an_image_that_the_model_pads(image):
+    close(PatchTokens(14)(TOKENS, image), MAPS, 0.0)
+
+
+def test_an_image_smaller_than_a_patch_has_one_where_it_is_padded():
+    close(PatchTokens(14)(TOKENS[:, :1], (9, 9)), TOKENS[:, :1].mT.unsqueeze(3), 0.0)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_is_equal(make_copy):
+    ours = PatchTokens((14, 7), prefix=5, suffix=1)
+    assert make_copy(ours) == ours
+    assert hash(make_copy(ours)) == hash(ours)
+    assert repr(ours) == "PatchTokens(patch_size=(14, 7), prefix=5, suffix=1)"
+
+
+class Teacher(torch.nn.Module):
+    """The tokens of patches of 4 x 4, behind another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 5, 4, 4).double()
+        self.blocks = torch.nn.Sequential(torch.nn.Tanh())
+
+    def forward(self, pixels):
+        tokens = self.patches(pixels).flatten(2).mT
+        return self.blocks(torch.cat([tokens[:, :1], tokens], dim=1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"shared_input": ("", "")},
+        {"teacher_forward": lambda teacher, image: teacher(pixels=image)},
+        {"early_stop": True},
+    ],
+    ids=["as the student", "shared input", "teacher_forward", "early stop"],
+)
+def test_a_distiller_maps_the_teachers_tokens_by_the_image(call):
+    class Seen(torch.nn.Module):
+        def forward(self, student, teacher):
+            self.teacher = teacher["c"]
+            return {"seen": student["c"].mean()}
+
+    student, teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8)).double(), Teacher()
+    distiller = featkd.Distiller(
+        student,
+        teacher,
+        Seen(),
+        {"c": ("0", "blocks.0")},
+        convert={"c": (None, PatchTokens(4, prefix=1))},
+        **call,
+    )
+    for size in [(8, 24), (24, 8), (16, 16)]:
+        image = normal(2, 3, *size)
+        distiller(image)
+        close(distiller.loss.teacher, teacher.patches(image).tanh(), 0.0)
 
 
 SIDES = {
@@ -109,6 +199,41 @@ MISUSE = {
     "a height of another kind": (TypeError, lambda: from_tokens(TOKENS, (3.0, 4)), "`size[0]`"),
     "no width": (ValueError, lambda: from_tokens(TOKENS, (12, 0)), "`size[1]`"),
     "a negative prefix": (ValueError, lambda: from_tokens(TOKENS, (3, 4), prefix=-1), "`prefix`"),
+    "patches of another kind": (
+        TypeError,
+        lambda: PatchTokens(14.0),
+        "`patch_size` must be an int",
+    ),
+    "patches of no height": (ValueError, lambda: PatchTokens((0, 14)), "`patch_size[0]`"),
+    "patches of three sides": (TypeError, lambda: PatchTokens((14, 14, 3)), "(14, 14, 3)"),
+    "fewer than no registers": (ValueError, lambda: PatchTokens(14, prefix=-1), "`prefix`"),
+    "less than nothing behind": (ValueError, lambda: PatchTokens(14, suffix=-1), "`suffix`"),
+    "an image without width": (
+        ValueError,
+        lambda: PatchTokens(14)(TOKENS, (42, 0)),
+        "image_size[1]",
+    ),
+    "patches of integers": (
+        TypeError,
+        lambda: PatchTokens(14)(TOKENS.long(), (42, 56)),
+        "`tokens`",
+    ),
+    "maps in place of patches": (
+        ValueError,
+        lambda: PatchTokens(14)(CHANNELS_LAST, (42, 56)),
+        "(2, 3, 4, 5)",
+    ),
+    "patches of another image": (
+        ValueError,
+        lambda: PatchTokens(14, prefix=5)(TOKENS, (42, 70)),
+        "`tokens` must have the shape (B, 5 + 3 x 5 + 0, C) (`prefix`, positions, `suffix`) for an "
+        "image of 42 x 70 in patches of 14 x 14, got (2, 12, 5).",
+    ),
+    "cut or padded": (
+        ValueError,
+        lambda: PatchTokens((14, 7), suffix=1)(TOKENS, (43, 70)),
+        "(B, 0 + 3 x 10 + 1 or 0 + 4 x 10 + 1, C)",
+    ),
     "functions of no level": (
         TypeError,
         lambda: converts_by_side([abs], ["c1"]),
@@ -163,5 +288,5 @@ def test_a_loss_names_no_function_where_the_channels_are_not_last(shape):
     assert "featkd." not in str(caught.value)
 
 
-def test_both_are_public():
-    assert {"from_channels_last", "from_tokens"} <= set(featkd.__all__)
+def test_they_are_public():
+    assert {"PatchTokens", "from_channels_last", "from_tokens"} <= set(featkd.__all__)

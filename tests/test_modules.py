@@ -128,7 +128,7 @@ def test_transfer_and_masks_share_one_reading_of_each_side(
     absolute, teacher_channels, readings, monkeypatch
 ):
     read = []
-    for module in (featkd.distillation, featkd.masked, featkd.transfer):
+    for module in (featkd.losses.overall, featkd.masked, featkd.transfer):
 
         def counted(features, *options, maps=module.attention_maps):
             read.append(features)

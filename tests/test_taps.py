@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -12,14 +14,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import close
+from cases import close, normal
 from models import LEVELS, Net, hook_count, images, plain_hooks, raises, snapshot, unchanged
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import featkd
-from featkd import FeatureTap
+from featkd import FeatureTap, PatchTokens
 
 
 def captured(tap, call):
@@ -157,7 +159,7 @@ def test_a_module_that_did_not_run_is_an_error():
     tap = FeatureTap(model, {"head": "head"})
     with tap:
         model.backbone(images())
-        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model inside")
+        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model itself")
 
 
 def test_a_module_that_ran_too_often_is_an_error():
@@ -239,6 +241,188 @@ def test_a_conversion_that_fails_leaves_the_tap_ready():
         model(images())
         raises(ValueError, tap.pop, "`tokens`")
         raises(RuntimeError, tap.pop, "got 0")
+
+
+# --- tokens, whose map follows the image ----------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """The tokens of 4 x 4 patches behind two others."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 4, 4)
+        self.double()
+
+    def forward(self, image):
+        tokens = self.conv(image).flatten(2).mT
+        return torch.cat([tokens[:, :2] * 0, tokens], dim=1)
+
+
+class Vit(nn.Module):
+    def __init__(self, channels=3):
+        super().__init__()
+        self.patches = Patches(channels)
+        self.blocks = nn.Sequential(nn.Identity(), nn.Identity())
+
+    def forward(self, pixel_values=None, *, mask=None):
+        return self.blocks(self.features(pixel_values))
+
+    def features(self, pixel_values):
+        return self.patches(pixel_values)
+
+
+class Resized(nn.Module):
+    """Its part sees another image than it does."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.vit = Vit()
+        self.size = size
+
+    def forward(self, image):
+        return self.vit(nn.functional.interpolate(image, self.size))
+
+
+class Batched(nn.Module):
+    """As a detector that takes a list of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = Vit()
+
+    def forward(self, images):
+        return self.vit(torch.stack(images))
+
+
+BY_PATCH = PatchTokens(4, prefix=2)
+SIZES = [(8, 24), (24, 8), (16, 12), (12, 16), (18, 27)]
+
+
+def patch_map(model, image):
+    return (model if isinstance(model, Vit) else model.vit).patches.conv(image)
+
+
+@pytest.mark.parametrize("path", ["blocks.1", "blocks", "patches", "", "blocks:input"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+def test_the_map_of_tokens_follows_the_image(path, by_name):
+    model = Vit()
+    with FeatureTap(model, {"c": path}, convert={"c": BY_PATCH}) as tap:
+        for size in SIZES:
+            image = normal(2, 3, *size)
+            if by_name:
+                model(mask=torch.ones(2, 1, *size, dtype=torch.bool), pixel_values=image)
+            else:
+                model(image)
+            close(tap.pop()["c"], patch_map(model, image), 0.0)
+
+
+def test_a_list_of_images_is_one_where_the_model_batches_it():
+    model = Batched()
+    with FeatureTap(model, {"c": "vit.blocks.0"}, convert={"c": BY_PATCH}) as tap:
+        for size in SIZES:
+            image = normal(2, 3, *size)
+            model(list(image))
+            close(tap.pop()["c"], patch_map(model, image), 0.0)
+
+
+def test_an_image_that_is_resized_inside_counts_as_it_enters_the_part():
+    """The token count alone would not tell: 4 x 16 patches come in and 8 x 8 are looked at."""
+    model = Resized((32, 32))
+    image = normal(2, 3, 16, 64)
+    with FeatureTap(model, {"c": "vit.blocks"}, convert={"c": BY_PATCH}) as tap:
+        model(image)
+        expected = patch_map(model, nn.functional.interpolate(image, (32, 32)))
+        close(tap.pop()["c"], expected, 0.0)
+
+
+def test_feature_maps_inside_are_no_images():
+    class Hybrid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 2, 2).double()
+            self.vit = Vit(channels=8)
+
+        def forward(self, image):
+            return self.vit(self.stem(image))
+
+    model = Hybrid()
+    convert = {"c": PatchTokens(8, prefix=2)}
+    with FeatureTap(model, {"c": "vit.blocks"}, convert=convert) as tap:
+        model(images())
+        close(tap.pop()["c"], patch_map(model, model.stem(images())), 0.0)
+
+
+def test_each_alias_has_the_image_of_its_own_part():
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = Vit(), Vit()
+
+        def forward(self, low, high):
+            return self.low(low), self.high(high)
+
+    model = Streams()
+    layers = {"low": "low.blocks", "high": "high.blocks"}
+    with FeatureTap(model, layers, convert=dict.fromkeys(layers, BY_PATCH)) as tap:
+        low, high = normal(2, 3, 8, 24), normal(2, 3, 24, 8)
+        model(low, high)
+        features = tap.pop()
+    close(features["low"], patch_map(model.low, low), 0.0)
+    close(features["high"], patch_map(model.high, high), 0.0)
+
+
+def test_each_call_has_the_image_of_its_own():
+    model = Vit()
+    batches = [normal(2, 3, *size) for size in SIZES]
+    calls = {"c": len(SIZES)}
+    with FeatureTap(model, {"c": "blocks"}, calls=calls, convert={"c": BY_PATCH}) as tap:
+        for image in batches:
+            model(image)
+        for image, feature in zip(batches, tap.pop().values(), strict=True):
+            close(feature, patch_map(model, image), 0.0)
+
+
+@pytest.mark.parametrize("with_image_before", [True, False])
+def test_tokens_without_an_image_are_an_error(with_image_before):
+    """An image of another forward is none."""
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH}) as tap:
+        if with_image_before:
+            model(images())
+            tap.pop()
+        model.blocks(model.features(images()))
+        raises(RuntimeError, tap.pop, "`convert['c']`", "methods", "from_tokens")
+
+
+def test_tokens_of_another_patch_are_an_error_with_the_image():
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": PatchTokens(8, prefix=2)}) as tap:
+        model(images())
+        raises(ValueError, tap.pop, "16 x 24 in patches of 8 x 8", "2 + 2 x 3 + 0", "(2, 26, 6)")
+
+
+def test_the_image_is_not_kept():
+    model = Vit()
+    with FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH}) as tap, torch.no_grad():
+        image = images()
+        alive = weakref.ref(image)
+        model(image)
+        del image
+        assert alive() is None
+        assert tap.pop()["c"].shape == (2, 6, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_of_a_tap_of_tokens(make_copy):
+    model = Vit()
+    tap = FeatureTap(model, {"c": "blocks"}, convert={"c": BY_PATCH})
+    model, tap = make_copy((model, tap))
+    close(captured(tap, lambda: model(images()))["c"], patch_map(model, images()), 0.0)
 
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -325,6 +509,256 @@ def test_tied_modules_are_reached_by_both_names():
     tap = FeatureTap(model, {"first": "backbone.c1", "second": "tied.c1"})
     first, second = captured(tap, lambda: model(images())).values()
     close(first, second, 0.0)
+
+
+# --- modules that are no longer what was tapped ---------------------------------------------------
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def add_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(target_modules=["conv"], init_lora_weights=False))
+
+
+def to_sync_batch_norm(model):
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def fuse(model):
+    torch.ao.quantization.fuse_modules(model.eval().backbone.c1, [["conv", "norm"]], inplace=True)
+
+
+def assign(model):
+    model.backbone.c1.conv = nn.Conv2d(3, 4, 3, 2, 1).double()
+
+
+def assign_around(model):
+    model.backbone.c1 = Around(model.backbone.c1)
+
+
+def assign_another_backbone(model):
+    model.backbone = Net().backbone
+
+
+def delete(model):
+    del model.backbone.c1[2]
+
+
+REPLACED = {
+    "LoRA": (add_lora, "backbone.c1.conv", "peft's Conv2d in place of torch's Conv2d"),
+    "LoRA, an input": (add_lora, "backbone.c1.conv:input", "peft's Conv2d"),
+    "SyncBatchNorm": (to_sync_batch_norm, "backbone.c1.norm", "torch's SyncBatchNorm in place of"),
+    "fused": (fuse, "backbone.c1.norm", "torch's Identity in place of torch's BatchNorm2d"),
+    "another": (assign, "backbone.c1.conv", "torch's Conv2d in place of torch's Conv2d"),
+    "one around it": (assign_around, "backbone.c1", "test_taps's Around"),
+    "another model around it": (assign_another_backbone, "backbone.c1", "torch's Sequential"),
+    "none": (delete, "backbone.c1.relu", "nothing in place of torch's ReLU"),
+}
+each_replaced = pytest.mark.parametrize(
+    ("replace", "path", "mention"),
+    [
+        pytest.param(*case, id=kind, marks=[pytest.mark.model_zoo] if "LoRA" in kind else [])
+        for kind, case in REPLACED.items()
+    ],
+)
+
+
+@each_replaced
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_a_module_that_was_replaced_is_an_error_that_says_so(replace, path, mention):
+    model = Net()
+    with FeatureTap(model, {"c": path}) as tap:
+        model.eval()(images())
+        tap.pop()
+        replace(model)
+        model.eval()(images())
+        raises(RuntimeError, tap.pop, "layers['c']", mention, repr(path), "after that")
+
+
+@each_replaced
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_a_tap_made_after_that_captures_what_plain_hooks_see(replace, path, mention):
+    model = Net()
+    replace(model)
+    model.eval()
+    if replace is delete:
+        raises(ValueError, lambda: FeatureTap(model, [path]), "'backbone.c2.relu'")
+    elif ":" not in path:
+        captures_what_plain_hooks_see(FeatureTap(model, [path]), model, lambda: model(images()))
+
+
+@pytest.mark.model_zoo
+def test_the_old_path_in_a_peft_model_is_an_error_with_the_new_one():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Net(), LoraConfig(target_modules=["conv"], init_lora_weights=False))
+    new = "base_model.model.backbone.c1.conv"
+    raises(ValueError, lambda: FeatureTap(model, ["backbone.c1.conv"]), f"(close: {new!r})")
+    tap = FeatureTap(model, [new])
+    features = captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+    assert features[new].requires_grad
+
+
+def wrapped_by(name):
+    def wrap(model):
+        model.backbone.c1 = Wrapper(model.backbone.c1, name)
+
+    return wrap
+
+
+def put_around_the_backbone(model):
+    model.backbone = nn.Sequential(model.backbone)
+
+
+def parametrize(model):
+    conv = model.backbone.c1.conv
+    nn.utils.parametrize.register_parametrization(conv, "weight", LowRank(conv.weight))
+
+
+@pytest.mark.parametrize(
+    "change", [*map(wrapped_by, WRAPPERS), put_around_the_backbone, parametrize]
+)
+def test_a_module_that_still_runs_as_itself_was_not_replaced(change):
+    model = Net()
+    expected = []
+    model.backbone.c1.register_forward_hook(lambda *call: expected.append(call[-1].clone()))
+    tap = FeatureTap(model, LEVELS)
+    change(model)
+    close(captured(tap, lambda: model(images()))["c1"], expected[0], 0.0)
+
+
+# --- models that were traced, exported or scripted ------------------------------------------------
+
+
+def traced(model):
+    return torch.jit.trace(model, images())
+
+
+def exported(model):
+    return torch.export.export(model, (images(),)).module()
+
+
+def quantised(model):
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    settings = get_default_qat_qconfig_mapping("fbgemm")
+    return prepare_qat_fx(model.train().float(), settings, (images().float(),))
+
+
+GRAPHS = {
+    "symbolic_trace": (torch.fx.symbolic_trace, "backbone.c1", "such as 'backbone.c1.relu'."),
+    "export": (exported, "backbone.c1.conv", "tap the model that this was made of."),
+    "qat": (quantised, "backbone.c1", "such as 'backbone.c1.conv'."),
+    "jit.trace": (traced, "backbone.c1.conv", "TopLevelTracedModule"),
+    "jit.script": (torch.jit.script, "backbone.c1.conv", "RecursiveScriptModule"),
+    "a scripted model itself": (torch.jit.script, "", "RecursiveScriptModule"),
+}
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*torch.ao.quantization is deprecated:DeprecationWarning",
+    "ignore:.*torch.jit.* is deprecated",
+    "ignore:.*reduce_range:UserWarning",
+)
+
+
+@quiet
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside another"])
+@pytest.mark.parametrize(("make", "path", "mention"), GRAPHS.values(), ids=GRAPHS)
+def test_a_name_that_never_runs_is_an_error_at_once(make, path, mention, inside):
+    model = make(Net().eval())
+    if inside:
+        model, path = Around(model), f"inner.{path}".rstrip(".")
+        mention = mention.replace("'backbone", "'inner.backbone")
+    raises(ValueError, lambda: FeatureTap(model, {"c": path}), "layers['c']", repr(path), mention)
+
+
+@quiet
+@pytest.mark.parametrize("path", ["", "backbone.c1.relu", "head"])
+def test_what_a_traced_model_does_call_is_captured(path):
+    model = torch.fx.symbolic_trace(Net())
+    captures_what_plain_hooks_see(FeatureTap(model, [path]), model, lambda: model(images()))
+
+
+@quiet
+@pytest.mark.parametrize("make", [traced, exported])
+def test_what_a_traced_or_exported_model_puts_out_is_captured(make):
+    model = make(Net().eval())
+    captures_what_plain_hooks_see(FeatureTap(model, [""]), model, lambda: model(images()))
+
+
+def test_the_parts_of_an_unflattened_program_run():
+    model = torch.export.unflatten(torch.export.export(Net().eval(), (images(),)))
+    tap = FeatureTap(model, list(LEVELS.values()))
+    captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+
+
+def test_a_tied_module_that_runs_beside_the_graph_is_captured():
+    model = Net()
+    model.graph = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    model.graph.unused = model.backbone.c1
+    tap = FeatureTap(model, ["graph.unused"])
+    captures_what_plain_hooks_see(tap, model, lambda: model(images()))
+
+
+def test_a_traced_copy_that_runs_in_place_of_the_model_is_named():
+    model = Net()
+    copied = torch.fx.symbolic_trace(model)
+    with FeatureTap(model, LEVELS) as tap:
+        copied(images())
+        raises(RuntimeError, tap.pop, "got 0", "no traced or exported copy")
+
+
+def test_hooks_that_somebody_took_off_are_named():
+    model = Net()
+    with FeatureTap(model, LEVELS) as tap:
+        model.backbone.c1._forward_hooks.clear()
+        model(images())
+        raises(RuntimeError, tap.pop, "got 0", "taken off the model, make a new tap")
+
+
+# --- hooks of others that replace what a module hands on ------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_hook_added_after_the_tap_is_heard(count):
+    model = Net().eval()
+    layers = {"c1": "backbone.c1", "x": "backbone.c2:input"}
+    taps = [FeatureTap(model, layers) for _ in range(count)]
+    model.backbone.c1.register_forward_hook(lambda module, args, output: output + 1)
+    model.backbone.c2.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    expected = model.backbone.c1(images())
+    for tap in taps:
+        features = captured(tap, lambda: model(images()))
+        close(features["c1"], expected, 0.0)
+        close(features["x"], 3 * expected, 0.0)
+
+
+def test_a_hook_added_inside_the_block_is_heard_from_the_next_pop_on():
+    model = Net().eval()
+    with FeatureTap(model, {"c1": "backbone.c1"}) as tap:
+        model.backbone.c1.register_forward_hook(lambda module, args, output: output + 1)
+        model(images())
+        tap.pop()
+        model(images())
+        close(tap.pop()["c1"], model.backbone.c1(images()), 0.0)
+
+
+def test_the_order_of_the_hooks_of_taps_stays():
+    model = Net()
+    first, second = FeatureTap(model, LEVELS), FeatureTap(model, LEVELS)
+    before = list(model.backbone.c1._forward_hooks)
+    for tap in (first, second, first):
+        captured(tap, lambda: model(images()))
+    assert list(model.backbone.c1._forward_hooks) == before
 
 
 # --- selectors ------------------------------------------------------------------------------------
@@ -679,6 +1113,91 @@ def test_a_copy_of_a_tapped_model_can_be_tapped_itself(make_copy):
         features = captured(FeatureTap(duplicate, LEVELS), lambda: duplicate(images()))
     for level, path in paths.items():
         close(features[level], expected[path], 0.0)
+
+
+# Run where featkd cannot be imported: the models in the files put out what they put out here.
+LOADING = """
+import sys
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "featkd":
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Refuses())
+for file in sys.argv[1:]:
+    model, image, expected = torch.load(file, weights_only=False)
+    model = getattr(model, "module", model)
+    hooks = {key for part in model.modules() for key in part._forward_pre_hooks}
+    assert hooks and RemovableHandle.next_id > max(hooks), file
+    # Under a number of ours it would be called with ours' options.
+    calls = []
+    model[1].register_forward_pre_hook(lambda module, args: calls.append(args))
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-12)
+    assert len(calls) == 1
+assert "featkd" not in sys.modules
+"""
+
+
+def test_copies_and_saved_models_need_no_featkd(tmp_path):
+    def build():
+        parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)
+        return nn.Sequential(*parts).double().eval()
+
+    image = images()
+    tapped, student = build(), build()
+    layers = {"c": "1", "x": "1:input", "tokens": "2"}
+    tap = FeatureTap(tapped, layers, convert={"tokens": PatchTokens(2)})
+    loss = featkd.FeatureDistillationLoss(4, 4, hyperparameters=featkd.NORMALIZED)
+    distiller = featkd.Distiller(student, build(), loss, {"c": "1"}, shared_input="1")
+    saved = {
+        "tapped": tapped,
+        "copy": copy.deepcopy(tapped),
+        "copy of a copy": copy.deepcopy(copy.deepcopy(tapped)),
+        "pickled": pickle.loads(pickle.dumps(tapped)),
+        "averaged": AveragedModel(tapped),
+        "student": distiller.student,
+        "EMA of the student": copy.deepcopy(distiller.student).eval().requires_grad_(False),
+    }
+    with tap, torch.no_grad():
+        for name, model in saved.items():
+            torch.save((model, image, model(image)), tmp_path / name)
+    hidden = [sys.executable, "-W", "error", "-c", LOADING, *map(str, tmp_path.iterdir())]
+    subprocess.run(hidden, check=True)
+    del distiller
+    gc.collect()
+    assert hook_count(student) == 0
+
+
+@pytest.mark.parametrize("with_kwargs", [True, False])
+def test_the_hooks_of_others_go_with_a_copy(with_kwargs):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Doubling(with_kwargs))
+    model[1].register_forward_pre_hook(model[1].double_input, with_kwargs=with_kwargs)
+    tap = FeatureTap(model, {"c": "0", "x": "1:input"})
+    duplicate = copy.deepcopy(model)
+    close(duplicate(torch.ones(1, 3, 2, 2)), 2 * model[0](torch.ones(1, 3, 2, 2)), 0.0)
+    assert hook_count(duplicate) == hook_count(model)
+    del tap
+    assert hook_count(model) == 1
+
+
+class Doubling(nn.Module):
+    def __init__(self, with_kwargs):
+        super().__init__()
+        self.with_kwargs = with_kwargs
+
+    def double_input(self, module, args, kwargs=None):
+        args = (2 * args[0],)
+        return (args, kwargs) if self.with_kwargs else args
+
+    def forward(self, x):
+        return x
 
 
 @pytest.mark.parametrize(

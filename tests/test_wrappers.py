@@ -1,16 +1,17 @@
 """Taps and the distiller under torch.compile: one graph, the values and gradients of eager."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from cases import close
+from cases import close, normal
 from models import LEVELS, Net, distillation_loss, images
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from featkd import Distiller, FeatureTap
+from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, PatchTokens
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -152,6 +153,30 @@ def test_a_model_compiled_in_place():
     agree(step(tap, model, images()), step(FeatureTap(plain, LEVELS), plain, images()))
 
 
+def test_a_copy_of_a_tapped_model_compiles_in_one_graph(counter):
+    model = Net()
+    tap = FeatureTap(model, LEVELS | {"x": "backbone:input"})
+    duplicate = copy.deepcopy(model)
+    compiled = torch.compile(duplicate, fullgraph=True, backend=counter)
+    with tap:
+        for seed in range(2):
+            close(compiled(images(seed=seed)), model(images(seed=seed)), 1e-12)
+            assert tap.pop().keys() == tap.layers.keys()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.one_graph
+def test_a_pickled_copy_of_a_tapped_model_compiles_in_one_graph(counter):
+    model = Net()
+    tap = FeatureTap(model, LEVELS | {"x": "backbone:input"})
+    loaded = pickle.loads(pickle.dumps(model))
+    compiled = torch.compile(loaded, fullgraph=True, backend=counter)
+    with tap:
+        close(compiled(images()), model(images()), 1e-12)
+        close(copy.deepcopy(compiled)(images()), model(images()), 1e-12)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.one_graph
 def test_inductor():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)).double()
@@ -188,6 +213,35 @@ def test_a_compiled_module_inside_checkpointing():
         with tap:
             model(images()).sum().backward()
             assert tap.pop().keys() == LEVELS.keys()
+
+
+class PatchNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 4, 4).double()
+        self.block = nn.Tanh()
+
+    def forward(self, image):
+        return self.block(self.patches(image).flatten(2).mT)
+
+
+# The first is compiled as it is, and the others once.
+SIZES = [(24, 56), (56, 40), (64, 72)]
+
+
+@pytest.mark.one_graph
+def test_tokens_of_images_of_many_sizes(counter):
+    model = PatchNet()
+    plain = copy.deepcopy(model)
+    taps = [
+        FeatureTap(net, {"c": "block"}, convert={"c": PatchTokens(4)}) for net in (model, plain)
+    ]
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in SIZES:
+        batch = normal(2, 3, *size)
+        agree(step(taps[0], compiled, batch), step(taps[1], plain, batch))
+    # The second time the hook of the model itself is a graph too, of sizes without a tensor.
+    assert counter.frame_count <= 3
 
 
 # --- the distiller --------------------------------------------------------------------------------
@@ -230,6 +284,20 @@ def test_a_compiled_distiller_with_graph_breaks_equals_eager(shared_input):
             distill(plain, plain, images(seed=seed)),
             1e-10,
         )
+
+
+@pytest.mark.one_graph
+def test_a_compiled_distiller_of_tokens_of_images_of_many_sizes(counter):
+    student = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Tanh()).double()
+    loss = FeatureDistillationLoss(4, 6, hyperparameters=NORMALIZED, resize="bilinear").double()
+    convert = {"c": (None, PatchTokens(4))}
+    distiller = Distiller(student, PatchNet(), loss, {"c": ("0", "block")}, convert=convert)
+    plain = copy.deepcopy(distiller)
+    compiled = torch.compile(distiller, fullgraph=True, backend=counter)
+    for size in SIZES:
+        batch = normal(2, 3, *size)
+        agree(distill(distiller, compiled, batch), distill(plain, plain, batch), 1e-10)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.one_graph

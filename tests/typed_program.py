@@ -48,8 +48,11 @@ def train(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> 
 
 
 def tapped(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    maps = {"c3": featkd.from_channels_last}
-    with featkd.FeatureTap(model, {"c3": "backbone[0]"}, convert=maps) as tap:
+    with featkd.FeatureTap(
+        model,
+        {"c3": "backbone[0]", "c4": "vit.blocks.8"},
+        convert={"c3": featkd.from_channels_last, "c4": featkd.PatchTokens((14, 14), prefix=5)},
+    ) as tap:
         assert_type(tap, featkd.FeatureTap)
         model(images)
         return tap.pop()
@@ -119,5 +122,7 @@ def wrong(model: nn.Module) -> None:
     featkd.Distiller(model, model, model, {}, teacher_forward=3)  # type: ignore[arg-type]
     featkd.match_layers(model, MAP)  # type: ignore[arg-type]
     featkd.from_tokens(MAP, 4)  # type: ignore[arg-type]
+    featkd.PatchTokens(14, 5)  # type: ignore[call-arg]
+    featkd.PatchTokens("14")  # type: ignore[arg-type]
     testing.check(lambda student: student)  # type: ignore[arg-type, misc]
     featkd.attention_loss()  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""What listens to a model: forward hooks, the paths that name modules, and layouts of features."""
+"""What listens to a model: hooks on its modules, the paths that name them, layouts of features."""
 
-from .layouts import from_channels_last, from_tokens
+from .layouts import PatchTokens, from_channels_last, from_tokens
 from .tap import FeatureTap
 
-__all__ = ["FeatureTap", "from_channels_last", "from_tokens"]
+__all__ = ["FeatureTap", "PatchTokens", "from_channels_last", "from_tokens"]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# Masks are no image.
+_PIXELS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Store:
@@ -17,12 +23,32 @@ class Store:
 
     def __init__(self) -> None:
         self.armed = False
-        self.grad_enabled = False
         self.thread: int | None = None
-        # Alias -> (tensor, its version at the capture, None where it cannot have changed).
-        self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
+        # Alias -> what notes the images of its captures, from the model to the tapped module.
+        self.image_hooks: dict[str, list[ImageHook]] = {}
+        self.clear()
         # How often each alias is captured before the forward is left; None: it runs to its end.
         self.wanted: Mapping[str, int] | None = None
+
+    def clear(self) -> None:
+        self.grad_enabled = False
+        # Alias -> (tensor, its version at the capture, None where it cannot have changed).
+        self.captured: dict[str, list[tuple[Tensor, int | None]]] = {}
+        for hooks in self.image_hooks.values():
+            for hook in hooks:
+                hook.seen = []
+
+    def image_size(self, alias: str, index: int) -> tuple[int, int] | None:
+        """The height and width of the image behind a capture.
+
+        What enters a part of the model is the image, resized, where it has as many channels.
+        """
+        hooks = self.image_hooks.get(alias, [])
+        seen = [image for hook in hooks for image in hook.seen if image[0] <= index]
+        latest = max([captures for captures, *_ in seen], default=0)
+        sizes = [(image[1], image[2:]) for image in seen if image[0] == latest]
+        alike = [size for channels, size in sizes if channels == sizes[0][0]]
+        return alike[-1] if alike else None
 
     def leave_if_complete(self) -> None:
         wanted = self.wanted or {}
@@ -38,7 +64,7 @@ class ForwardLeft(BaseException):
 
 
 class _Hook:
-    """Plain dict and list writes, which compile without a graph break; a copy of it is inert."""
+    """Plain dict and list writes, which compile without a graph break."""
 
     def __init__(
         self,
@@ -54,8 +80,15 @@ class _Hook:
         self.keys = keys
         self.clone = clone
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        """One that does nothing, and that compiles."""
+        return type(self)()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+        # Does nothing and is Python's own: a saved model loads without featkd. The handle lifts
+        # torch's count of hooks there, so that none gets this one's number and its options.
+        handle = RemovableHandle(OrderedDict())
+        return getattr, (nullcontext(handle), "__exit__")
 
     def _open_store(self, module: nn.Module) -> Store | None:
         store = None if self.store is None else self.store()
@@ -81,12 +114,12 @@ class _Hook:
                 f"`layers[{self.alias!r}]` must select a tensor, got {_describe(value)} at "
                 f"{self.path!r}: append the item to take, such as '{self.path}[KEY]'."
             )
+        version = None
         if self.clone:
-            store.captured.setdefault(self.alias, []).append((value.clone(), None))
-        else:
-            tracked = not torch.compiler.is_compiling() and not value.is_inference()
-            version = value._version if tracked else None
-            store.captured.setdefault(self.alias, []).append((value, version))
+            value = value.clone()
+        elif not torch.compiler.is_compiling() and not value.is_inference():
+            version = value._version
+        store.captured.setdefault(self.alias, []).append((value, version))
         if not torch.compiler.is_compiling() and store.wanted is not None:
             store.leave_if_complete()
 
@@ -116,6 +149,47 @@ class CallHook(_Hook):
         store = self._open_store(module)
         if store is not None and torch.is_grad_enabled():
             store.grad_enabled = True
+
+
+class ImageHook(_Hook):
+    """Notes the first 4-D tensor that enters the model, or a part around the tapped module."""
+
+    # Of its own: one that others write to would tie compiled code to the numbers in it.
+    seen: list[tuple[int, int, int, int]]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        store = self._open_store(module)
+        if store is None:
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() == 4 and value.dtype in _PIXELS:
+                captures = len(store.captured.get(self.alias, ()))
+                _, channels, height, width = value.shape
+                self.seen.append((captures, channels, height, width))
+                return
+
+
+def move_last(handles: Iterable[RemovableHandle]) -> None:
+    """Puts a tap's hooks behind those of others, which may replace what a module hands on."""
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is None or handle.id not in hooks:
+            continue
+        for key in reversed(hooks):
+            if key == handle.id:
+                break
+            if not isinstance(hooks[key], _Hook):
+                hooks.move_to_end(handle.id)
+                break
+
+
+def in_place(handles: Iterable[RemovableHandle]) -> bool:
+    return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
+
+
+def remove_all(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _select(value: Any, key: str, alias: str, path: str) -> Any:

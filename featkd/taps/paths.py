@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.jit._script import RecursiveScriptModule
+
+Layers = Sequence[str] | Mapping[str, str]
 
 # DDP and AveragedModel, torch.compile, FSDP and activation checkpointing, in this order.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -70,22 +75,108 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         )
     keys = tuple(key.strip("'\"") for key in re.findall(r"\[([^\[\]]+)\]", match["keys"]))
     wanted = match["module"]
-    own_names = _own_names(model)
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if wanted in own_names:
-        module = own_names[wanted][0]
-    elif wanted in modules:
-        module = modules[wanted]
-    elif _without_wrappers(wanted) in own_names:
-        module = own_names[_without_wrappers(wanted)][0]
-    else:
-        close = difflib.get_close_matches(wanted, own_names, n=3)
+    found = _named(model, wanted)
+    if not found:
+        own_names = _own_names(model)
+        # What wraps a model, such as PEFT, puts its own names in front.
+        behind = [own for own in own_names if own.endswith(f".{wanted}")][:3]
+        close = behind or difflib.get_close_matches(wanted, own_names, n=3)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
         raise ValueError(
             f"`{name}` must be the path of a module of the {type(model).__name__}, "
             f"got {wanted!r}{hint}."
         )
-    return module, match["input"] is not None, keys
+    return found[0], match["input"] is not None, keys
+
+
+def _named(model: nn.Module, wanted: str) -> list[nn.Module]:
+    """The modules that a path names, from the outermost wrapper to what is wrapped."""
+    own_names = _own_names(model)
+    if wanted in own_names:
+        return own_names[wanted]
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if wanted in modules:
+        return [modules[wanted]]
+    return own_names.get(_without_wrappers(wanted), [])
+
+
+def require_in_place(model: nn.Module, path: str, name: str, module: nn.Module) -> None:
+    """The path of a tap still names the module that was tapped, or none."""
+    wanted = re.split(r"[\[:]", path)[0]
+    # Nearly always; the names of all modules take a thousand times longer.
+    found: nn.Module | None = model
+    for part in wanted.split(".") if wanted else ():
+        while found is not None and part not in found._modules:
+            found = _wrapped(found)
+        found = found and found._modules[part]
+    while found is not None and found is not module:
+        found = _wrapped(found)
+    if found is module:
+        return
+    named = _named(model, wanted)
+    if module in named or (not named and module in set(model.modules())):
+        return
+    found_now = _kind(named[0]) if named else "nothing"
+    raise RuntimeError(
+        f"`{name}` must stay the module that was tapped, got {found_now} in place of "
+        f"{_kind(module)} at {path!r}: it was replaced or wrapped, as by LoRA, a conversion or a "
+        "quantisation. Make the tap (or the distiller) after that."
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    """With its package, since a replacement is often called as what it replaces."""
+    return f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper wraps."""
+    if len(module._modules) != 1:
+        return None
+    ((name, child),) = module._modules.items()
+    return child if name in _WRAPPERS else None
+
+
+def require_called(model: nn.Module, path: str, name: str, module: nn.Module) -> None:
+    """The module's hooks run: no traced, exported or scripted model holds it as a name alone."""
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    found = [own for own, value in modules.items() if value is module]
+    graphs = [_graph_instead(modules, own) for own in found]
+    if None in graphs:
+        return
+    graph = graphs[0] or ""
+    parts = [f"{graph}.{call}".lstrip(".") for call in _references(modules[graph], "call_module")]
+    parts = [part for part in parts if part.startswith(f"{found[0]}.")]
+    hint = f", or a part that it calls, such as {parts[-1]!r}" if parts else ""
+    raise ValueError(
+        f"`{name}` must be a module whose hooks run, got {path!r} of a traced, exported or "
+        f"scripted {type(modules[graph]).__name__}, which runs without it: tap the model that this "
+        f"was made of{hint}."
+    )
+
+
+def _graph_instead(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """The graph around the module of this name that runs without its hooks and those around it."""
+    if isinstance(modules[name], RecursiveScriptModule):
+        return name
+    parts = name.split(".")
+    for depth in range(len(parts) if name else 0):
+        around, inside = ".".join(parts[:depth]), ".".join(parts[depth:])
+        holder = modules[around]
+        if isinstance(holder, torch.jit.ScriptModule):
+            return around
+        if isinstance(holder, fx.GraphModule) and not any(
+            f"{inside}.".startswith(f"{target}.")
+            for target in _references(holder, "call_module", "get_attr")
+        ):
+            return around
+    return None
+
+
+def _references(module: nn.Module, *operations: str) -> list[str]:
+    """What its graphs, of which torchvision's have one for training and one for eval, refer to."""
+    graphs = (value for value in vars(module).values() if isinstance(value, fx.Graph))
+    return [str(node.target) for graph in graphs for node in graph.nodes if node.op in operations]
 
 
 def pair_of(name: str, path: object) -> tuple[str, str]:
@@ -97,3 +188,19 @@ def pair_of(name: str, path: object) -> tuple[str, str]:
     raise TypeError(
         f"`{name}` must be a path or a (student path, teacher path) pair, got {path!r}."
     )
+
+
+def require_layers(layers: Layers) -> dict[str, str]:
+    """Alias -> path, checked by kind."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence | Mapping):
+        found = type(layers).__name__
+        raise TypeError(f"`layers` must be a list of paths or a mapping to paths, got {found}.")
+    pairs = list(
+        layers.items() if isinstance(layers, Mapping) else zip(layers, layers, strict=True)
+    )
+    for alias, path in pairs:
+        if not isinstance(alias, str) or not isinstance(path, str):
+            raise TypeError(f"`layers` must hold strings, got {alias!r}: {path!r}.")
+    if not pairs or len(dict(pairs)) < len(pairs):
+        raise ValueError(f"`layers` must hold at least one path, each once, got {list(layers)}.")
+    return dict(pairs)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .._checks import require_count, require_flag
-from .hooks import CallHook, InputHook, OutputHook, Store
-from .layouts import Convert
-from .paths import innermost, resolve
+from .hooks import (
+    CallHook,
+    ImageHook,
+    InputHook,
+    OutputHook,
+    Store,
+    in_place,
+    move_last,
+    remove_all,
+)
+from .layouts import Convert, PatchTokens, converted
+from .paths import Layers, innermost, require_called, require_in_place, require_layers, resolve
 
-Layers = Sequence[str] | Mapping[str, str]
 T = TypeVar("T")
 
 
@@ -25,9 +32,10 @@ class FeatureTap:
     """Captures what chosen modules of a model put out (or take in) during a forward.
 
     Hooks are added once, here, and removed with :meth:`remove` or when the tap is no longer used;
-    they capture only inside the `with` block. Make the tap before the first call of a compiled
-    model: a hook added later never fires there. The model's outputs, state dict, copies and pickles
-    are untouched. Use one tap in each thread.
+    they capture only inside the `with` block. At its start they go behind the hooks of others, and
+    so capture what a module hands on. Make the tap before the first call of a compiled model: a
+    hook added later never fires there. The model's outputs and state dict are untouched, and its
+    copies and saved files need no featkd. Use one tap in each thread.
 
     Args:
         model: any module; the wrappers of DDP, FSDP, `torch.compile`, checkpointing and EMA in a
@@ -43,12 +51,13 @@ class FeatureTap:
         calls: how often each alias's module runs in one forward where that is not once; its
             captures are named `alias[0]`, `alias[1]`, ...
         convert: for some aliases, a function that makes a feature map `(B, C, H, W)` of the capture
-            at :meth:`pop`: :func:`featkd.from_channels_last`, or
-            `functools.partial(featkd.from_tokens, size=(14, 14), prefix=1)`.
+            at :meth:`pop`: :func:`featkd.from_channels_last`, or for tokens
+            :class:`featkd.PatchTokens`, which takes the image's size from the model's call.
 
     Raises:
         TypeError: `model` is no module or is an `nn.DataParallel`, or `layers` not of its kind.
-        ValueError: a path is malformed, unknown (with close matches) or ambiguous.
+        ValueError: a path is malformed, unknown (with close matches), or of a module that a traced,
+            exported or scripted model never calls.
 
     Example:
         >>> import torch
@@ -88,7 +97,10 @@ class FeatureTap:
         found = {
             alias: resolve(model, path, f"layers[{alias!r}]") for alias, path in self.layers.items()
         }
-        tapped = {module for module, _, _ in found.values()}
+        self._modules = {alias: module for alias, (module, _, _) in found.items()}
+        for alias, module in self._modules.items():
+            require_called(model, self.layers[alias], f"layers[{alias!r}]", module)
+        tapped = set(self._modules.values())
         handles = [
             module.register_forward_pre_hook(CallHook(self._store))
             for module in root.modules()
@@ -96,6 +108,12 @@ class FeatureTap:
         ]
         for alias, (module, takes_input, keys) in found.items():
             path = self.layers[alias]
+            if isinstance(self.convert.get(alias), PatchTokens):
+                for around in model.modules():
+                    if module in around.modules():
+                        image = ImageHook(self._store, alias, path)
+                        self._store.image_hooks.setdefault(alias, []).append(image)
+                        handles.append(around.register_forward_pre_hook(image, with_kwargs=True))
             if takes_input:
                 before = InputHook(self._store, alias, path, keys, clone)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -103,7 +121,8 @@ class FeatureTap:
                 self._outputs.add(alias)
                 after = OutputHook(self._store, alias, path, keys, clone)
                 handles.append(module.register_forward_hook(after))
-        self._finalizer = weakref.finalize(self, _remove_all, handles)
+        self._handles = handles
+        self._finalizer = weakref.finalize(self, remove_all, handles)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a tap taps the copy of its model.
@@ -112,9 +131,12 @@ class FeatureTap:
     def __enter__(self) -> FeatureTap:
         if self._store.armed:
             raise RuntimeError("`with` must not be entered twice by one tap, got a tap in use.")
-        self._store.captured = {}
-        self._store.grad_enabled = False
-        self._store.thread = None if torch.compiler.is_compiling() else threading.get_ident()
+        self._store.clear()
+        if torch.compiler.is_compiling():
+            self._store.thread = None
+        else:
+            self._store.thread = threading.get_ident()
+            move_last(self._handles)
         self._store.armed = True
         return self
 
@@ -126,18 +148,26 @@ class FeatureTap:
     ) -> None:
         self._store.armed = False
         if kind is not None:
-            self._store.captured = {}
+            self._store.clear()
 
     def pop(self) -> dict[str, Tensor]:
         """The features of the last forward by alias; the tap lets go of them.
 
         Raises:
-            RuntimeError: a module did not run as often as expected since the last pop, a capture
-                carries no gradient though the model's call recorded them, or, with `clone=False`,
-                a capture was changed in place.
+            RuntimeError: a module did not run as often as expected since the last pop, was replaced
+                or wrapped, a capture carries no gradient though the model's call recorded them,
+                or, with `clone=False`, was changed in place.
         """
-        captured, self._store.captured = self._store.captured, {}
-        grad_enabled, self._store.grad_enabled = self._store.grad_enabled, False
+        captured, grad_enabled = self._store.captured, self._store.grad_enabled
+        sizes = {
+            alias: [self._store.image_size(alias, index) for index in range(len(found))]
+            for alias, found in captured.items()
+        }
+        self._store.clear()
+        if not torch.compiler.is_compiling():
+            move_last(self._handles)
+            for alias, module in self._modules.items():
+                require_in_place(self.model, self.layers[alias], f"layers[{alias!r}]", module)
         features = {}
         for alias, expected in self.calls.items():
             found = captured.get(alias, [])
@@ -146,22 +176,13 @@ class FeatureTap:
             for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version, grad_enabled)
                 name = alias if expected == 1 else f"{alias}[{index}]"
-                features[name] = self._converted(alias, feature)
+                size = sizes[alias][index]
+                features[name] = converted(self.convert.get(alias), feature, size, alias)
         return features
 
     def remove(self) -> None:
         """Take the hooks off the model; the tap captures nothing any more."""
         self._finalizer()
-
-    def _converted(self, alias: str, feature: Tensor) -> Tensor:
-        if alias not in self.convert:
-            return feature
-        found: object = self.convert[alias](feature)
-        if not isinstance(found, Tensor):
-            raise TypeError(
-                f"`convert[{alias!r}]` must return a tensor, got {type(found).__name__}."
-            )
-        return found
 
     def _by_alias(self, name: str, values: Mapping[str, T] | None, kind: str) -> dict[str, T]:
         """An argument for some aliases, checked by kind and names."""
@@ -182,10 +203,13 @@ class FeatureTap:
                 "pop after every forward inside the `with` block; for a module that runs several "
                 f"times in one forward pass `calls={{{alias!r}: {found}}}`."
             )
+        if not in_place(self._handles):
+            return text + "its hooks were taken off the model, make a new tap."
         return text + (
-            "run the model inside the `with` block once before each pop, calling modules and not "
-            "their `.forward`; a model compiled and called before the tap was made never calls its "
-            "hooks: make the tap first, or call `torch.compiler.reset()`."
+            "run the model itself, no traced or exported copy, inside the `with` block once before "
+            "each pop, calling modules and not their `.forward`; a model compiled and called "
+            "before the tap was made never calls its hooks: make the tap first, or call "
+            "`torch.compiler.reset()`."
         )
 
     def _require_intact(
@@ -209,22 +233,6 @@ class FeatureTap:
             )
 
 
-def require_layers(layers: Layers) -> dict[str, str]:
-    """Alias -> path, checked by kind."""
-    if isinstance(layers, str) or not isinstance(layers, Sequence | Mapping):
-        found = type(layers).__name__
-        raise TypeError(f"`layers` must be a list of paths or a mapping to paths, got {found}.")
-    pairs = list(
-        layers.items() if isinstance(layers, Mapping) else zip(layers, layers, strict=True)
-    )
-    for alias, path in pairs:
-        if not isinstance(alias, str) or not isinstance(path, str):
-            raise TypeError(f"`layers` must hold strings, got {alias!r}: {path!r}.")
-    if not pairs or len(dict(pairs)) < len(pairs):
-        raise ValueError(f"`layers` must hold at least one path, each once, got {list(layers)}.")
-    return dict(pairs)
-
-
 def _rebuild(
     model: nn.Module,
     layers: dict[str, str],
@@ -233,8 +241,3 @@ def _rebuild(
     convert: dict[str, Convert],
 ) -> FeatureTap:
     return FeatureTap(model, layers, clone=clone, calls=calls, convert=convert)
-
-
-def _remove_all(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
