@@ -68,7 +68,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         nn.init.zeros_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        require_same_device("features", input, "loss", self.weight)
         dtype = compute_dtype(input, self.weight)
         input, weight, bias = input.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
         if self.training and input.numel() == self.num_features:
