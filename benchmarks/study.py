@@ -363,11 +363,15 @@ PRESETS = [
     settings_of(SQUARED, beta=16.0, temperature=2.0) | SPREAD,
     settings_of(BASE, temperature=1e6),
 ]
+# The lines of these are from before the presets had their block's normalisation.
+RELEASED = [
+    replace(preset, batch_norm=False)
+    for preset in (featkd.RELEASED_ONE_STAGE, featkd.RELEASED_TWO_STAGE)
+]
 OPEN = [
     settings_of(BASE),
     settings_of(featkd.TWO_STAGE),
-    settings_of(featkd.RELEASED_ONE_STAGE),
-    settings_of(featkd.RELEASED_TWO_STAGE),
+    *map(settings_of, RELEASED),
     settings_of(BASE) | FPN,
     settings_of(BASE, temperature=0.1),
     *(settings_of(BASE, temperature=value) | SPREAD for value in (1.0, 4.0)),
@@ -393,15 +397,7 @@ OPEN = [
 # The first of a table is what the others are compared with.
 CHOICES = [
     TWO_STAGE_AT_FPN,
-    *(
-        settings_of(preset) | FPN
-        for preset in (
-            featkd.ONE_STAGE,
-            featkd.TWO_STAGE,
-            featkd.RELEASED_ONE_STAGE,
-            featkd.RELEASED_TWO_STAGE,
-        )
-    ),
+    *(settings_of(preset) | FPN for preset in (featkd.ONE_STAGE, featkd.TWO_STAGE, *RELEASED)),
     # Masks that are even: all ones.
     settings_of(TWO_STAGE, temperature=1e6) | FPN,
     settings_of(TWO_STAGE, fusion="probabilities") | FPN,
