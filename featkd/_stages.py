@@ -74,15 +74,19 @@ class Model:
         return found
 
     def is_patch_projection(self, spot: Spot) -> bool:
-        """Whether it is one strided layer (normalised, activated) with blocks of tokens behind it."""
+        """Whether it is one strided layer (normalised, activated) with token blocks behind it."""
         images, channels, height, width = spot.map.shape
         taken_in = spot.call.taken_in
         shrinks = bool(taken_in) and self.stride(taken_in[0]) < self.stride(spot.map)
-        return shrinks and spot.call.leaves <= 3 and any(
-            (shape[0], shape[2]) == (images, channels) and shape[1] >= height * width
-            for call in self.ended
-            if call.inner and call.began >= spot.call.ended
-            for shape in call.tokens_in & call.tokens_out
+        return (
+            shrinks
+            and spot.call.leaves <= 3
+            and any(
+                (shape[0], shape[2]) == (images, channels) and shape[1] >= height * width
+                for call in self.ended
+                if call.inner and call.began >= spot.call.ended
+                for shape in call.tokens_in & call.tokens_out
+            )
         )
 
     def steps(self) -> list[Call]:
