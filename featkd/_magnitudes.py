@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ def _rms(features: Tensor) -> float | None:
     scale = features.abs().max().to(dtype)
     if not scale.isfinite() or not scale:
         return float(scale)
-    norm = torch.linalg.vector_norm(features / scale, dtype=dtype)
-    return float(scale * norm) / float(features.numel()) ** 0.5
+    norm = torch.linalg.vector_norm(features.to(dtype) / scale)
+    return float(scale * norm) / math.sqrt(features.numel())
 
 
 @torch.no_grad()
