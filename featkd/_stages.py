@@ -110,8 +110,9 @@ class Model:
                 smallest.append(call)
                 steps.append(call)
                 return True
-            # So is a block on tokens: a map inside is a branch's.
-            if call.tokens_in and call.tokens_out and not call.taken_in and not call.put_out:
+            # A block on tokens, which come of an earlier map: one inside is a branch's.
+            on_tokens = call.tokens_in and call.tokens_out and not call.taken_in
+            if deepest and on_tokens and not call.put_out:
                 return True
             if not all(map(walk, call.inner)):
                 return False
