@@ -92,7 +92,7 @@ class Model:
     def steps(self) -> list[Call]:
         """The backbone's steps in order, each followed by the calls that end with it."""
         steps: list[Call] = []
-        smallest: list[Call] = []
+        parts: list[Call] = []
         deepest = 0.0
 
         def walk(call: Call) -> bool:
@@ -107,7 +107,7 @@ class Model:
                 if stride < deepest:
                     return False
                 deepest = stride
-                smallest.append(call)
+                parts.append(call)
                 steps.append(call)
                 return True
             # A block on tokens, which come of an earlier map: one inside is a branch's.
@@ -120,8 +120,8 @@ class Model:
                 steps.append(call)
             return len(call.put_out) < 2
 
-        all(map(walk, self.root.inner))
-        seam = self._seam(smallest, deepest)
+        walk(self.root)
+        seam = self._seam(parts, deepest)
         return [step for step in steps if seam is None or step.began < seam.ended]
 
     def _seam(self, steps: list[Call], deepest: float) -> Call | None:
@@ -134,9 +134,10 @@ class Model:
             if not (call.path and call.taken_in and call.put_out):
                 continue
             ends = self.stride(call.taken_in[0]), self.stride(call.put_out[-1])
-            held = sum(step.leaves for step in steps if call.began <= step.began < call.ended)
-            if ends == (1.0, deepest) and 2 * held > whole:
-                return call
+            if ends == (1.0, deepest):
+                held = sum(step.leaves for step in steps if call.began <= step.began < call.ended)
+                if 2 * held > whole:
+                    return call
         return None
 
     def _is_head(self, call: Call, deepest: float) -> bool:
@@ -159,31 +160,31 @@ class Model:
         for call in self.ended:
             for item in call.taken_in:
                 enters[item.serial] = max(enters.get(item.serial, 0), call.began)
-        fpn: Call | None = None
-        for call in self.ended:
-            if call.puts_out_more or not self.can_be_tapped(call):
-                continue
-            if (
-                self._levels(call.put_out)
-                and len({item.shape[1] for item in call.put_out}) == 1
-                and stages.isdisjoint(item.serial for item in call.put_out)
-                and all(enters.get(item.serial, -1) >= call.ended for item in call.put_out)
-                and (fpn is None or not self._is_in_a_head(call, fpn))
-            ):
+        pyramids = [
+            call
+            for call in self.ended
+            if self._levels(call.put_out)
+            and not call.puts_out_more
+            and self.can_be_tapped(call)
+            and len({item.shape[1] for item in call.put_out}) == 1
+            and stages.isdisjoint(item.serial for item in call.put_out)
+            and all(enters.get(item.serial, -1) >= call.ended for item in call.put_out)
+        ]
+        if not pyramids:
+            return self._enters_a_head(steps)
+        fpn = pyramids[0]
+        for call in pyramids:
+            serials = {item.serial for item in fpn.put_out}
+            # A head takes the pyramid in and passes none on.
+            in_a_head = any(
+                outer.began < call.began < outer.ended
+                and serials.issubset(item.serial for item in outer.taken_in)
+                for outer in self.ended
+                if outer not in pyramids
+            )
+            if not in_a_head:
                 fpn = call
-        if fpn is not None:
-            return {s: Spot(fpn, item) for s, item in self._levels(fpn.put_out).items()}
-        return self._enters_a_head(steps)
-
-    def _is_in_a_head(self, call: Call, fpn: Call) -> bool:
-        """Whether a module around it takes in the pyramid and puts out none."""
-        pyramid = {item.serial for item in fpn.put_out}
-        return any(
-            outer.began < call.began < outer.ended
-            and pyramid.issubset(item.serial for item in outer.taken_in)
-            and not self._levels(outer.put_out)
-            for outer in self.ended
-        )
+        return {stride: Spot(fpn, item) for stride, item in self._levels(fpn.put_out).items()}
 
     def _enters_a_head(self, steps: list[Call]) -> dict[float, Spot]:
         last = max((step.ended for step in steps), default=0)

@@ -31,7 +31,7 @@ class FeatureMap:
         return "".join(f"[{key}]" for key in self.keys)
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One run of a module, and the calls inside it."""
 
