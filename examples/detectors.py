@@ -115,9 +115,9 @@ def tapped(
         return {level: (path, path) for level, path in paths.items()}, channels
     match = featkd.match_layers(student, teacher, [torch.zeros(3, size, size)])
     stages = levels_of(student)
-    layers = {level: paths for level, paths in match.layers.items() if paths[0] in stages}
-    sides = (match.student_channels, match.teacher_channels)
-    return layers, [{level: side[level] for level in layers} for side in sides]
+    pairs = {**match.pairs, **match.others}
+    match = match.select(*(level for level, (ours, _) in pairs.items() if ours.path in stages))
+    return match.layers, [match.student_channels, match.teacher_channels]
 
 
 class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ._checks import require_callable, require_flag, require_losses
 from .losses.overall import FeatureDistillationLoss
-from .report import Report, Step, introduce, make_report
+from .report.levels import Step
+from .report.preserve import preserved
+from .report.report import Report, introduce, make_report
 from .taps.early_stop import left_early
 from .taps.layouts import Convert, converts_by_side
 from .taps.paths import pair_of, require_apart, require_module, resolve
@@ -25,7 +27,7 @@ class Distiller(nn.Module):
     distiller. The teacher is no child: it is not in `parameters()`, `state_dict()`, `train()` or
     `to()`; it runs under `no_grad`, in `eval` mode, at every step, on the device and in the dtype
     where you put it. The first training step in eager mode logs the levels (`logging.INFO`) and
-    what :meth:`report` would warn of (`logging.WARNING`) on the logger `featkd`.
+    what is wrong with the teacher's features (`logging.WARNING`) on the logger `featkd`.
 
     Args:
         student: the model to train.
@@ -160,25 +162,26 @@ class Distiller(nn.Module):
         step = self._step(args, kwargs)
         if not torch.compiler.is_compiling() and self.training and not self._introduced:
             self._introduced = True
-            introduce(self, step)
+            introduce(step, self.loss)
         return step.output, step.losses
 
     def report(
         self, *args: Any, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
     ) -> Report:
-        """Runs one trial step and says what is tapped and what each term contributes.
+        """Runs one trial step and says what is tapped, how large it is, and what each term does.
 
-        Warns of terms 100 times larger or smaller than the detector's loss, not finite, or without
-        a gradient. Call it as the distiller itself, in training mode and before DDP or FSDP; no
-        gradient, buffer, mode or random number is changed. The detector's loss is known where the
-        student's output is a mapping of scalars, has a `.loss` or is a scalar. The gradients are
-        those of the student's parameters, one backward a term (which reentrant checkpointing
-        refuses).
+        A term is judged by its gradient's norm over that of the detector's loss, on the student's
+        parameters that the distillation reaches: about 1 is good. Noted too are a teacher whose
+        features are no trained teacher's, losses that are not finite, and terms without a gradient.
+        Call it as the distiller itself, in training mode and before DDP or FSDP; no gradient,
+        buffer, mode or random number is changed. The detector's loss is known where the student's
+        output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a scalar. Each
+        term takes one backward (which reentrant checkpointing refuses).
 
         Args:
             args, kwargs: a batch, as for the distiller.
-            optimizer: to be checked for the parameters of student and adapters. Warns of those that
-                it does not hold.
+            optimizer: to be checked for the parameters of student and adapters: those that it does
+                not hold are noted.
 
         Returns:
             :class:`featkd.Report`; printed, a table.
@@ -197,7 +200,8 @@ class Distiller(nn.Module):
             >>> report.levels[0].student_stride, report.levels[0].adapter_parameters
             (2.0, 144)
         """
-        return make_report(self, args, kwargs, optimizer)
+        with preserved(self, self.teacher), torch.enable_grad():
+            return make_report(self._step(args, kwargs), self.student, self.loss, optimizer)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         shared = None
@@ -229,7 +233,8 @@ class Distiller(nn.Module):
             losses = self.loss(student_features, teacher_features)
         require_losses(losses)
         inputs = (args, kwargs) if shared is None else shared
-        return Step(output, losses, student_features, teacher_features, inputs)
+        paths = self._student_tap.layers, self._teacher_tap.layers
+        return Step(output, losses, student_features, teacher_features, inputs, paths)
 
     @torch.no_grad()
     def _teacher_features(

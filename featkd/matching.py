@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ._table import table, times
 from .taps.layouts import Convert, from_channels_last
-from .taps.trace import Call, Shape, first_maps, read_maps, stride_of, trace, trunk
+from .taps.stages import Model, Spot
+from .taps.trace import Call, Shape, first_image, read_maps, trace
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Layer:
     """The last and outermost module at its stride within the backbone."""
     channels_last: bool = False
     """Whether the module puts the map out as `(B, H, W, C)`."""
+    pyramid: bool = False
+    """One of the maps of an FPN, as they enter the detector's head."""
+    patch_projection: bool = False
+    """A stage that is no deep feature: blocks work on its positions as tokens."""
 
     @property
     def channels(self) -> int:
@@ -45,15 +49,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerMatch:
-    """Both models' tappable layers, in the order they run, and the stages paired by stride.
+    """Both models' tappable layers, in the order they run, and those paired by stride.
 
-    Printed, it is a table. `layers`, `convert`, `student_channels` and `teacher_channels` are what
-    :class:`featkd.Distiller` and :class:`featkd.FeatureDistillationLoss` take.
+    Printed, it is a table; `print(match.all)` lists every layer. `layers`, `convert`,
+    `student_channels` and `teacher_channels` are what :class:`featkd.Distiller` and
+    :class:`featkd.FeatureDistillationLoss` take.
     """
 
     student: tuple[Layer, ...]
     teacher: tuple[Layer, ...]
     pairs: Mapping[str, tuple[Layer, Layer]]
+    others: Mapping[str, tuple[Layer, Layer]] = field(default_factory=dict)
+    """What `select` takes beside `pairs`."""
 
     @property
     def layers(self) -> dict[str, tuple[str, str]]:
@@ -76,25 +83,44 @@ class LayerMatch:
         return {level: theirs.channels for level, (_, theirs) in self.pairs.items()}
 
     def select(self, *levels: str) -> LayerMatch:
-        """The same with these levels alone."""
+        """The same with these levels, of `pairs` or `others`, for its pairs."""
+        found = {**self.pairs, **self.others}
         for level in levels:
             if not isinstance(level, str):
                 raise TypeError(f"`levels` must be strings, got {type(level).__name__}.")
-            if level not in self.pairs:
-                raise ValueError(f"`levels` must be among {list(self.pairs)}, got {level!r}.")
+            if level not in found:
+                raise ValueError(f"`levels` must be among {list(found)}, got {level!r}.")
         if not levels or len(set(levels)) < len(levels):
             raise ValueError(f"`levels` must be at least one, each once, got {list(levels)}.")
-        return replace(self, pairs={level: self.pairs[level] for level in levels})
+        pairs = {level: found.pop(level) for level in levels}
+        return replace(self, pairs=pairs, others=found)
+
+    @property
+    def all(self) -> str:
+        """A table a model of what can be tapped: the stages, their blocks, what lies no deeper."""
+        return "\n\n".join((_listing("student", self.student), _listing("teacher", self.teacher)))
 
     def __str__(self) -> str:
-        rows = [("level", "stride", "student", "shape", "teacher", "shape")]
-        for level, (ours, theirs) in self.pairs.items():
-            stride = f"{ours.stride:g}"
-            shapes = ours._printed_shape, theirs._printed_shape
-            rows.append((level, stride, ours.path, shapes[0], theirs.path, shapes[1]))
-        paired = table(rows) if self.pairs else "No stages of one stride: choose pairs from these."
-        student = _listing("student", self.student)
-        return "\n\n".join((paired, student, _listing("teacher", self.teacher)))
+        parts = [_pair_table(self.pairs) if self.pairs else "No layers of one stride."]
+        if self.others:
+            parts += ["`select` takes these as well:", _pair_table(self.others)]
+        parts += ["`print(match.all)` lists every layer that can be tapped."]
+        return "\n\n".join(parts)
+
+
+def _pair_table(pairs: Mapping[str, tuple[Layer, Layer]]) -> str:
+    rows = [("level", "stride", "student", "shape", "teacher", "shape")]
+    notes = []
+    for level, pair in pairs.items():
+        ours, theirs = ((layer.path, layer._printed_shape) for layer in pair)
+        rows.append((level, f"{pair[0].stride:g}", *ours, *theirs))
+        notes += [
+            f"{level}, the {model}'s {layer.path!r}: patch projection: tokens follow, "
+            "see PatchTokens"
+            for model, layer in zip(("student", "teacher"), pair, strict=True)
+            if layer.patch_projection
+        ]
+    return "\n".join([table(rows), *notes])
 
 
 def _listing(name: str, layers: tuple[Layer, ...]) -> str:
@@ -111,28 +137,35 @@ def _listing(name: str, layers: tuple[Layer, ...]) -> str:
 def match_layers(
     student: nn.Module, teacher: nn.Module, *example_inputs: Any, **example_kwargs: Any
 ) -> LayerMatch:
-    """Lists the layers of two models that can be tapped and pairs their stages by stride.
+    """Lists the layers of two models that can be tapped and pairs them by stride.
 
     Both models are called once with the example, in `eval` mode without gradients, and left as
     they were. A layer is listed if its module runs once and puts out one feature map; its stride is
     the height of the first map that enters a module over its own. A map is what shrinks alike in
     height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits (height and
     width that differ in the example tell the two apart); see `.convert` of the result. Tokens
-    `(B, N, C)` are not listed, as their H x W is not known: see :func:`featkd.from_tokens`.
+    `(B, N, C)` are not listed, as their H x W is not known. A patch projection in front of tokens
+    is marked in the table, as it is no deep feature.
+
+    The pairs are those of the feature pyramids where both models have one: what an FPN puts out at
+    one width (`"p3"`), or what enters a head that takes several maps. Else they are those of the
+    backbones' stages (`"c3"`), which :meth:`LayerMatch.select` takes in any case.
 
     The backbone is the sequence of modules that keep or halve their map, each one step whatever is
-    inside; it ends where the stride falls, where several maps go in or come out, and where all
-    positions are pooled into one. A stage is the last step at its stride, the outermost module of
-    those that end with it. Only strides that both models have are paired; nothing is paired by
-    index.
+    inside; a block on tokens is passed over. It ends where the stride falls, where several maps go
+    in or come out, where all positions are pooled into one, and where a head begins. A head takes
+    the last map and puts out none, or follows the module that the image enters and that holds most
+    of the backbone. A stage is the last step at its stride, the outermost module of those that end
+    with it and hold no other stage. A list that a backbone puts out has the stages that no module
+    does. Only strides that both models have are paired; nothing is paired by index.
 
     Args:
         student, teacher: the models.
         example_inputs, example_kwargs: arguments for both; a batch of the size to be trained on.
 
     Returns:
-        :class:`LayerMatch`; levels are named by their stride, `"c3"` for 8 = 2^3 (the field's name)
-        and `"stride14"` where it is no power of 2.
+        :class:`LayerMatch`; levels are named by their stride, `"c3"` or `"p3"` for 8 = 2^3 (the
+        field's names) and `"stride14"` where it is no power of 2.
 
     Raises:
         TypeError: a model is no module.
@@ -147,40 +180,59 @@ def match_layers(
     """
     ours = _tappable("student", student, example_inputs, example_kwargs)
     theirs = _tappable("teacher", teacher, example_inputs, example_kwargs)
-    stages = {layer.stride: layer for layer in theirs if layer.stage}
-    pairs = {
-        _level_name(layer.stride): (layer, stages[layer.stride])
-        for layer in ours
-        if layer.stage and layer.stride in stages
-    }
-    return LayerMatch(ours, theirs, pairs)
+    pyramids, stages = (
+        {
+            level: (layer, levels[1][level])
+            for level, layer in levels[0].items()
+            if level in levels[1]
+        }
+        for levels in ([_levels(layers, kind) for layers in (ours, theirs)] for kind in "pc")
+    )
+    return LayerMatch(ours, theirs, pyramids or stages, stages if pyramids else {})
 
 
-def _level_name(stride: float) -> str:
+def _levels(layers: tuple[Layer, ...], kind: str) -> dict[str, Layer]:
+    found = [layer for layer in layers if (layer.pyramid if kind == "p" else layer.stage)]
+    found.sort(key=lambda layer: layer.stride)
+    return {_level_name(layer.stride, kind): layer for layer in found}
+
+
+def _level_name(stride: float, kind: str) -> str:
     exponent = math.log2(stride)
-    return f"c{exponent:g}" if exponent == int(exponent) else f"stride{stride:g}"
+    return f"{kind}{exponent:g}" if exponent.is_integer() else f"stride{stride:g}"
 
 
 def _tappable(
-    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Layer, ...]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`{name}` must be an nn.Module, got {type(module).__name__}.")
     ended: list[Call] = []
-    root = trace(model, args, kwargs, ended)
-    pixels = next(first_maps(root), (0, 0, 0, 0))
+    root = trace(module, args, kwargs, ended)
+    pixels = first_image(root)
     read_maps(ended, pixels)
-    runs = Counter(call.path for call in ended)
-    stages = {}
-    for call in trunk(root, pixels):
-        if call.path and len(call.put_out) == 1 and runs[call.path] == 1:
-            stages[stride_of(call.put_out[0], pixels)] = call.path
+    model = Model(root, ended, pixels)
+    steps = model.steps()
+    stages = {spot.key: spot for spot in model.stages(steps).values()}
+    pyramid = {spot.key: spot for spot in model.pyramid(steps).values()}
     layers = []
     for call in ended:
-        if call.path and len(call.put_out) == 1 and runs[call.path] == 1:
-            stride = stride_of(call.put_out[0], pixels)
-            stage = stride > 1 and stages.get(stride) == call.path
-            layers.append(Layer(call.path, call.put_out[0], stride, stage, call.channels_last))
+        for found in call.put_out:
+            spot = Spot(call, found)
+            alone = len(call.put_out) == 1 and (call.path or found.keys)
+            if not model.can_be_tapped(call) or not (alone or spot.key in stages | pyramid):
+                continue
+            layers.append(
+                Layer(
+                    path=call.path + found.selector,
+                    shape=found.shape,
+                    stride=model.stride(found),
+                    stage=spot.key in stages,
+                    pyramid=spot.key in pyramid,
+                    channels_last=found.channels_last,
+                    patch_projection=spot.key in stages and model.is_patch_projection(spot),
+                )
+            )
     if not layers:
         raise ValueError(f"`{name}` must have a module that puts out a feature map, got none.")
     return tuple(layers)

@@ -72,18 +72,25 @@ def raises(error, call, *mentions):
 def watch(model, paths):
     """What the modules at `paths` put out inside the block, by the plainest of hooks.
 
-    A mapping's items are found at `path[key]`, which may stand among the paths.
+    The items of an output that is no tensor are found at `path[key]`, or `path[key][key]`.
     """
     features = {}
 
     def keep(path):
         def hook(module, args, output):
-            if isinstance(output, Mapping):
-                features.update({f"{path}[{key}]": value.clone() for key, value in output.items()})
-            else:
-                features[path] = output.clone()
+            keep_items(path, output)
 
         return hook
+
+    def keep_items(path, value):
+        if isinstance(value, torch.Tensor):
+            features[path] = value.clone()
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                keep_items(f"{path}[{key}]", item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                keep_items(f"{path}[{index}]", item)
 
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {path.partition("[")[0] for path in paths}

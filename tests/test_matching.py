@@ -1,5 +1,6 @@
 """match_layers: stages of two models paired by stride, and one training step on what it found."""
 
+import itertools
 import re
 
 import pytest
@@ -20,6 +21,7 @@ from models import (
     snapshot,
     timm_backbone,
     unchanged,
+    watch,
 )
 from torch import nn
 
@@ -47,8 +49,8 @@ STAGES = {
     "retinanet": RESNET,
     "fcos": RESNET,
     "mobilenet": stages("backbone.body.{}", (3, 6, 12, 16)),
-    "ssdlite": stages("backbone.features.{}", ("0.3", "0.6", "0", "1")),
-    "ssd": {"c3": "backbone.features", "c4": "backbone.extra.0", "c5": "backbone.extra.1"},
+    "ssdlite": stages("backbone.features.{}", ("0.3", "0.6", "0.13", "1")),
+    "ssd": {"c3": "backbone.features.22", "c4": "backbone.extra.0", "c5": "backbone.extra.1"},
     "detr": HF_RESNET,
     "rt_detr": HF_RESNET,
     "resnet18": stages("layer{}", (1, 2, 3, 4)),
@@ -71,8 +73,10 @@ def make(name, widths=(8, 8, 16, 16)):
 
 
 def check(match, ours, theirs):
-    """Equal strides by name, by value and by size, and the stages that are expected."""
-    for level, (student, teacher) in match.pairs.items():
+    """Equal strides by name, by value and by size, and the layers that are expected."""
+    proposed = {**match.pairs, **match.others}
+    match = match.select(*proposed)
+    for level, (student, teacher) in proposed.items():
         assert student.stride == teacher.stride == 2 ** int(level[1:])
         assert student.shape[1] == student.channels == match.student_channels[level]
         assert teacher.shape[1] == teacher.channels == match.teacher_channels[level]
@@ -138,15 +142,16 @@ def test_a_training_step_on_the_pairs(ours, theirs, shared_input):
     (student, inputs), (teacher, _) = make(ours), make(theirs, (8, 16, 16, 32))
     student.train().requires_grad_(True)  # transformers freezes DETR's backbone
     match = match_layers(student, teacher, inputs[0])
-    levels = [level for level in ("c3", "c4") if level in match.pairs]
+    proposed = {**match.pairs, **match.others}
+    levels = [level for level in ("p3", "p5", "c3", "c4") if level in proposed]
+    match = match.select(*levels)
     loss = FeatureDistillationLoss(
-        {level: match.student_channels[level] for level in levels},
-        {level: match.teacher_channels[level] for level in levels},
+        match.student_channels,
+        match.teacher_channels,
         hyperparameters=NORMALIZED,
         resize="bilinear",
     )
-    layers = {level: match.layers[level] for level in levels}
-    distiller = Distiller(student, teacher, loss, layers, shared_input=shared_input)
+    distiller = Distiller(student, teacher, loss, match.layers, shared_input=shared_input)
     optimizer = torch.optim.SGD(distiller.parameters(), 1e-4)
     teacher_before, student_before = snapshot(teacher), snapshot(student)
     output, losses = distiller(*inputs)
@@ -219,7 +224,7 @@ def test_only_strides_of_both_models_are_paired():
 def test_without_a_common_stride_the_table_says_so():
     match = match_layers(convolutions(2), convolutions(4), PIXELS)
     assert not match.pairs
-    assert "No stages of one stride" in str(match)
+    assert str(match).startswith("No layers of one stride.\n\n`print(match.all)`")
 
 
 def test_a_stride_that_is_no_power_of_2_is_named_by_its_value():
@@ -259,9 +264,9 @@ def test_a_part_that_restores_the_resolution_is_looked_into():
 
 
 class Pyramid(nn.Module):
-    def __init__(self):
+    def __init__(self, width=3):
         super().__init__()
-        self.lateral = nn.Conv2d(3, 3, 1)
+        self.lateral = nn.Conv2d(width, 3, 1)
 
     def forward(self, maps):
         return self.lateral(maps[1])
@@ -295,32 +300,454 @@ def test_a_classifier_s_pooling_is_no_stage(name, size):
     assert list(match.layers) == ["c1", "c2", "c3", "c4", "c5"]
 
 
-def test_the_text_is_a_table_of_the_pairs_and_of_both_models_layers():
-    text = str(match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double()))
-    pairs, student, teacher = (
-        [re.split(r"\s{2,}", line) for line in part.splitlines()] for part in text.split("\n\n")
-    )
-    assert pairs == [
+def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
+    match = match_layers(Net(4).backbone, Net(6).backbone, PIXELS.double())
+    pairs, last = str(match).split("\n\n")
+    assert [re.split(r"\s{2,}", line) for line in pairs.splitlines()] == [
         ["level", "stride", "student", "shape", "teacher", "shape"],
         ["c1", "2", "c1", "1 x 4 x 32 x 48", "c1", "1 x 6 x 32 x 48"],
         ["c2", "4", "c2", "1 x 8 x 16 x 24", "c2", "1 x 12 x 16 x 24"],
     ]
+    assert last == "`print(match.all)` lists every layer that can be tapped."
+    student, teacher = (
+        [re.split(r"\s{2,}", line) for line in part.splitlines()]
+        for part in match.all.split("\n\n")
+    )
     for name, width, table in (("student", 4, student), ("teacher", 6, teacher)):
         assert table[0] == [f"{name}'s path", "shape", "stride", "channels"]
         assert ["c1", f"1 x {width} x 32 x 48", "2", str(width)] in table
         assert ["c2.conv", f"1 x {2 * width} x 16 x 24", "4", str(2 * width)] in table
-    for part in text.split("\n\n"):
+    for part in (pairs, *match.all.split("\n\n")):
         header, *rows = part.splitlines()
         starts = {row.index(" x ") // 2 for row in rows}
         assert len(starts) == 1, part
         assert "shape" in header
 
 
-def test_the_table_of_real_detectors_fits_a_screen():
+def test_the_tables_of_real_detectors_fit_a_screen():
     mobilenet, resnet = detector("mobilenet"), detector("fasterrcnn")
-    text = str(match_layers(mobilenet, resnet, detector_images()))
-    assert all(len(line) <= 120 for line in text.splitlines())
-    assert len(text.splitlines()) < 120
+    match = match_layers(mobilenet, resnet, detector_images())
+    for text, lines in ((str(match), 16), (match.all, 120)):
+        assert all(len(line) <= 120 for line in text.splitlines())
+        assert len(text.splitlines()) < lines
+    first, word, others, _ = str(match).split("\n\n")
+    assert [line.split()[0] for line in first.splitlines()] == ["level", "p5", "p6"]
+    assert word == "`select` takes these as well:"
+    assert [line.split()[0] for line in others.splitlines()] == [
+        "level",
+        "c1",
+        "c2",
+        "c3",
+        "c4",
+        "c5",
+    ]
+
+
+# --- feature pyramids -----------------------------------------------------------------------------
+
+
+def convolution(ours, theirs, stride=1):
+    return nn.Conv2d(ours, theirs, 3, stride, 1)
+
+
+class Stages(nn.Module):
+    """Strides 2, 4, 8, each as wide as it says; puts out the last two in a list."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        pairs = itertools.pairwise((3, *widths))
+        self.stages = nn.ModuleList(convolution(*pair, 2) for pair in pairs)
+
+    def forward(self, x):
+        maps = []
+        for stage in self.stages:
+            maps.append(x := stage(x))
+        return maps[1:]
+
+
+class FPN(nn.Module):
+    """Puts out as many maps of one width as it takes in, and reversed where wanted."""
+
+    def __init__(self, widths, out, extra=(), backwards=False):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, out, 1) for width in widths)
+        self.out = nn.ModuleList(convolution(out, out) for _ in widths)
+        self.extra = nn.ModuleList(convolution(out, out, stride) for stride in extra)
+        self.backwards = backwards
+
+    def forward(self, maps):
+        found, above = [], 0
+        for x, lateral, out in reversed(list(zip(maps, self.lateral, self.out, strict=True))):
+            above = lateral(x) + (
+                nn.functional.interpolate(above, size=x.shape[2:]) if found else 0
+            )
+            found.insert(0, out(above))
+        for extra in self.extra:
+            found.append(extra(found[-1]))
+        return tuple(found[:: -1 if self.backwards else 1])
+
+
+class Head(nn.Module):
+    """Puts out two lists of maps, or one, as wide at each level as at the others."""
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.tower = nn.ModuleList([Tower(width)])
+        self.outputs = nn.ModuleList(nn.Conv2d(width, 5, 1) for _ in range(outputs))
+
+    def forward(self, maps):
+        maps = self.tower[0](maps)
+        found = [[output(x) for x in maps] for output in self.outputs]
+        return found if len(found) > 1 else found[0]
+
+
+class Tower(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 1)
+
+    def forward(self, maps):
+        return [self.conv(x) for x in maps]
+
+
+class Detector(nn.Module):
+    def __init__(self, width, *, outputs=2, widths=(8, 8, 8), **options):
+        super().__init__()
+        self.backbone = Stages(*widths)
+        self.neck = FPN(widths[1:], width, **options)
+        self.head = Head(width, outputs)
+
+    def forward(self, x):
+        return self.head(self.neck(self.backbone(x)))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_an_fpn_puts_out_is_proposed_and_what_a_head_does_is_not(outputs, backwards):
+    student = Detector(8, outputs=outputs, backwards=backwards, extra=(2,))
+    teacher = Detector(16, widths=(8, 16, 32), outputs=outputs)
+    match = match_layers(student, teacher, PIXELS)
+    theirs = "neck[0]", "neck[1]"
+    ours = ("neck[2]", "neck[1]") if backwards else theirs
+    assert match.layers == {"p2": (ours[0], theirs[0]), "p3": (ours[1], theirs[1])}
+    assert match.student_channels == {"p2": 8, "p3": 8}
+    assert match.teacher_channels == {"p2": 16, "p3": 16}
+    stages = {f"c{i + 1}": (f"backbone.stages.{i}",) * 2 for i in range(3)}
+    assert {level: (a.path, b.path) for level, (a, b) in match.others.items()} == stages
+    equals_plain_hooks(student, match, PIXELS)
+
+
+def equals_plain_hooks(model, match, *inputs):
+    """A tap of all that is proposed captures what plain hooks see."""
+    layers = {level: ours.path for level, (ours, _) in {**match.pairs, **match.others}.items()}
+    model = model.eval()
+    tap = FeatureTap(model, layers)
+    with watch(model, layers.values()) as expected, torch.no_grad(), tap:
+        model(*inputs)
+        captured = tap.pop()
+    for level, path in layers.items():
+        assert torch.equal(captured[level], expected[path])
+
+
+def test_two_levels_at_one_stride_are_the_larger_then_the_last():
+    match = match_layers(*(Detector(8, extra=(1,)) for _ in range(2)), PIXELS)
+    assert match.layers == {"p2": ("neck[0]",) * 2, "p3": ("neck[2]",) * 2}
+
+
+def test_a_pyramid_in_one_model_alone_leaves_the_stages():
+    match = match_layers(Detector(8), Stages(8, 16, 32), PIXELS)
+    assert list(match.layers) == ["c1", "c2", "c3"]
+    assert not match.others
+
+
+def test_pyramids_without_a_common_stride_leave_the_stages():
+    coarse = nn.Sequential(convolution(3, 3, 2), convolution(3, 3, 2), Detector(8))
+    match = match_layers(Detector(8), coarse, PIXELS)
+    assert list(match.layers) == ["c1", "c2", "c3"]
+    assert [layer.path for layer in match.teacher if layer.pyramid] == ["2.neck[0]", "2.neck[1]"]
+
+
+def test_levels_of_both_kinds_can_be_selected_together():
+    match = match_layers(Detector(8), Detector(8), PIXELS)
+    mixed = match.select("c3", "p2")
+    assert list(mixed.layers.items()) == [
+        ("c3", ("backbone.stages.2",) * 2),
+        ("p2", ("neck[0]",) * 2),
+    ]
+    assert list(mixed.others) == ["p3", "c1", "c2"]
+    assert list(mixed.select("p3").layers) == ["p3"]
+
+
+def test_equal_stages_are_no_pyramid():
+    """At one width, and taken in together, but put out by the backbone itself."""
+    model = nn.Sequential(Stages(8, 8, 8), Pyramid(8))
+    assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+def test_a_pyramid_that_nothing_takes_in_is_taken_for_a_head():
+    model = nn.Sequential(Stages(8, 8, 8), FPN((8, 8), 5))
+    assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+class Projections(nn.Module):
+    """One width for all levels: no pyramid yet."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, width, 1) for _ in range(2))
+
+    def forward(self, maps):
+        return [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+
+
+def test_the_last_pyramid_before_the_head_is_proposed():
+    model = nn.Sequential(Stages(8, 8, 8), Projections(8), FPN((8, 8), 8), Head(8, 2))
+    assert match_layers(model, model, PIXELS).layers == {"p2": ("2[0]",) * 2, "p3": ("2[1]",) * 2}
+
+
+class Unbundled(nn.Module):
+    """As Ultralytics' detectors are: each step a module, and a head that takes several maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = Stages(8, 8, 8)
+        self.up = nn.Upsample(scale_factor=2)
+        self.fine = convolution(16, 6)
+        self.down = convolution(6, 8, 2)
+        self.coarse = convolution(16, 12)
+        self.head = Detect()
+
+    def forward(self, x):
+        c2, c3 = self.stages(x)
+        fine = self.fine(torch.cat((self.up(c3), c2), 1))
+        return self.head([fine, self.coarse(torch.cat((self.down(fine), c3), 1))])
+
+
+class Detect(nn.Module):
+    """Puts out its inputs as well, beside what it finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(6, 5, 1), nn.Conv2d(12, 5, 1)])
+
+    def forward(self, maps):
+        found = [conv(x).flatten(2) for conv, x in zip(self.convs, maps, strict=True)]
+        return torch.cat(found, 2), {"feats": maps}
+
+
+def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_out():
+    match = match_layers(Unbundled(), Unbundled(), PIXELS)
+    assert match.layers == {"p2": ("fine",) * 2, "p3": ("coarse",) * 2}
+    assert match.student_channels == {"p2": 6, "p3": 12}
+    equals_plain_hooks(Unbundled(), match, PIXELS)
+
+
+FPN_OUTPUTS = {
+    "fasterrcnn": {f"p{i}": f"backbone[{key}]" for i, key in enumerate([0, 1, 2, 3, "pool"], 2)},
+    "retinanet": {f"p{i}": f"backbone[{key}]" for i, key in enumerate([0, 1, 2, "p6"], 3)},
+}
+
+
+def test_the_pyramids_of_two_families_are_paired_by_stride():
+    student, teacher = detector("retinanet"), detector("fasterrcnn")
+    match = match_layers(student, teacher, detector_images())
+    ours, theirs = FPN_OUTPUTS["retinanet"], FPN_OUTPUTS["fasterrcnn"]
+    assert match.layers == {level: (ours[level], theirs[level]) for level in ours}
+    assert list(match.others) == ["c1", "c2", "c3", "c4", "c5"]
+
+
+# --- branches, heads, outputs that are no tensor, tokens ------------------------------------------
+
+
+class ReducedAttention(nn.Module):
+    """A block on tokens with a strided convolution in a branch, as PVT's and SegFormer's."""
+
+    def __init__(self, width, size):
+        super().__init__()
+        self.size = size
+        self.reduce = nn.Conv2d(width, width, 4, 4)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens):
+        features = tokens.transpose(1, 2).unflatten(2, self.size)
+        return self.norm(tokens + self.reduce(features).mean((2, 3))[:, None])
+
+
+class TokenStage(nn.Module):
+    def __init__(self, ours, theirs, size):
+        super().__init__()
+        self.project = nn.Conv2d(ours, theirs, 2, 2)
+        self.block = ReducedAttention(theirs, size)
+
+    def forward(self, x):
+        x = self.project(x)
+        return self.block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_a_branch_inside_a_block_is_no_stage():
+    model = nn.Sequential(TokenStage(3, 8, (32, 48)), TokenStage(8, 16, (16, 24)))
+    assert match_layers(model, model, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
+    wrapped = nn.Sequential(nn.Sequential(model[0].project), model[1])
+    assert match_layers(wrapped, wrapped, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
+
+
+class Tokens(nn.Module):
+    """A vision transformer; with `maps` it puts out its blocks' tokens as maps, as timm does."""
+
+    def __init__(self, maps, width=8):
+        super().__init__()
+        self.maps = maps
+        self.project = nn.Conv2d(3, width, 16, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.project(x)
+        tokens, maps = x.flatten(2).transpose(1, 2), []
+        tokens = torch.cat((tokens[:, :1], tokens), 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+            maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, x.shape[2:]))
+        return maps if self.maps else tokens
+
+
+def test_a_patch_projection_is_marked_in_the_table():
+    plain = nn.Sequential(*(nn.Conv2d(width, 8, 4, 4) for width in (3, 8)))
+    match = match_layers(plain, Tokens(maps=False), PIXELS)
+    assert match.layers == {"c4": ("1", "project")}
+    assert [layer.patch_projection for layer in match.pairs["c4"]] == [False, True]
+    line = "c4, the teacher's 'project': patch projection: tokens follow, see PatchTokens"
+    assert str(match).splitlines()[2] == line
+    assert "the student's" not in str(match)
+
+
+def test_maps_of_tokens_are_proposed_in_place_of_the_projection():
+    model = Tokens(maps=True)
+    match = match_layers(model, model, PIXELS)
+    assert match.layers == {"c4": ("[1]", "[1]")}
+    assert "PatchTokens" not in str(match)
+    equals_plain_hooks(model, match, PIXELS)
+
+
+class Classifier(nn.Module):
+    """A head as timm's and Ultralytics' classifiers have one: a convolution before its pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 32, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(32, 4)
+
+    def forward(self, x):
+        logits = self.linear(self.pool(self.conv(x)).flatten(1))
+        return logits.softmax(1), logits
+
+
+def test_the_head_of_a_classifier_is_no_backbone():
+    model = nn.Sequential(convolution(3, 8, 2), convolution(8, 8, 2), Classifier())
+    assert match_layers(model, model, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
+
+
+class Out(nn.Module):
+    """Its module's output in a dictionary."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.body = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return {"out": self.body(x)}
+
+
+class Segmenter(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Sequential(nn.Conv2d(8, 21, 1))
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return self.classifier(features["out"] if isinstance(features, dict) else features)
+
+
+BODY = convolution(3, 8, 2), convolution(8, 8, 2)
+
+
+@pytest.mark.parametrize("backbone", [Out(*BODY), nn.Sequential(*BODY)], ids=["dict", "tensor"])
+def test_the_head_of_a_segmenter_is_no_backbone(backbone):
+    model = Segmenter(backbone)
+    prefix = "backbone.body" if isinstance(backbone, Out) else "backbone"
+    assert match_layers(model, model, PIXELS).layers == {
+        "c1": (f"{prefix}.0",) * 2,
+        "c2": (f"{prefix}.1",) * 2,
+    }
+
+
+class InTuple(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.inside = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return (self.inside(x) + 1,)
+
+
+class OfTuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (InTuple(convolution(width, 8, 2)) for width in (3, 8))
+
+    def forward(self, x):
+        return self.second(self.first(x)[0])[0]
+
+
+def test_an_output_that_is_no_tensor_is_proposed_with_its_selector():
+    model = OfTuple()
+    match = match_layers(model, model, PIXELS)
+    assert match.layers == {"c1": ("first[0]",) * 2, "c2": ("second[0]",) * 2}
+    equals_plain_hooks(model, match, PIXELS)
+
+
+def test_deeplab():
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+    match = match_layers(model, model, PIXELS)
+    check(match, RESNET_DILATED, RESNET_DILATED)
+    assert list(match.layers) == ["c1", "c2", "c3"]
+
+
+RESNET_DILATED = {"c2": "backbone.layer1", "c3": "backbone.layer4"}
+SMALL = {"hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4}
+
+
+@pytest.mark.model_zoo
+def test_models_of_transformers():
+    import transformers
+
+    segformer = transformers.SegformerModel(
+        transformers.SegformerConfig(num_attention_heads=[1, 1, 2, 2], **SMALL)
+    )
+    expected = stages("stages.{}", range(4))
+    match = match_layers(segformer, segformer, PIXELS)
+    check(match, expected, expected)
+    assert list(match.layers) == list(expected)
+    equals_plain_hooks(segformer, match, PIXELS)
+    convnext = transformers.ConvNextV2Model(transformers.ConvNextV2Config(**SMALL))
+    expected = stages("encoder.stages.{}", range(4))
+    match = match_layers(convnext, convnext, PIXELS)
+    check(match, expected, expected)
+    equals_plain_hooks(convnext, match, PIXELS)
+    loss = nn.Identity()
+    assert Distiller(convnext, segformer, loss, match_layers(convnext, segformer, PIXELS).layers)
+
+
+@pytest.mark.model_zoo
+def test_efficientvit():
+    import timm
+
+    model = timm.create_model("efficientvit_b0", pretrained=False)
+    match = match_layers(model, model, PIXELS)
+    expected = stages("stages.{}", range(4))
+    check(match, expected, expected)
+    assert list(match.layers) == ["c1", *expected]
 
 
 # --- misuse ---------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Distiller.report and what is logged at first use: figures, warnings, and no trace left."""
+"""Distiller.report and what is logged at first use: figures, notes, and no trace left."""
 
 import copy
 import logging
 import math
 import random
-import warnings
+import re
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -27,8 +27,9 @@ from models import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from featkd import Distiller, FeatureDistillationLoss, Hyperparameters
-from featkd.report import detector_loss
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
+from featkd.report.detector_loss import detector_loss
+from featkd.report.magnitudes import magnitudes
 
 MASKED = Hyperparameters(0.0, 1.0, 0.0, 0.5, normalize=True)
 
@@ -74,31 +75,71 @@ def test_the_levels(shared_input):
     assert first.adapter_parameters + second.adapter_parameters == sum(p.numel() for p in trained)
 
 
-def test_each_term_has_its_share_of_the_loss_and_of_the_gradient():
+def test_the_size_of_the_features_is_before_the_adapters():
+    distiller = make()
+    distiller.loss.requires_grad_(False)
+    for parameter in distiller.loss.parameters():
+        parameter.mul_(100.0)
+    with (
+        FeatureTap(distiller.student, LEVELS) as ours,
+        FeatureTap(distiller.teacher, LEVELS) as its,
+    ):
+        distiller(images())
+        expected = [tap.pop() for tap in (ours, its)]
+    for level in distiller.report(images()).levels:
+        sizes = [side[level.name].square().mean().sqrt().item() for side in expected]
+        assert [level.student_rms, level.teacher_rms] == pytest.approx(sizes, rel=1e-9)
+
+
+def test_each_term_is_judged_by_its_gradient_beside_the_detectors():
+    """On what the taps reach: not on the student's head, which the distillation never moves."""
     distiller = make()
     report = distiller.report(images())
-    named, norms = {}, {}
-    for name in ("detector", "attention_transfer", "attention_masked", "non_local"):
+    names = ("detector", "attention_transfer", "attention_masked", "non_local", "distillation")
+    norms = {}
+    for name in names:
         own, losses = distiller(images())
-        named[name] = losses.get(name, sum(own.values()))
-        norms[name] = gradient_norm(named[name], distiller.student)
-    terms = [report.detector, *report.terms]
-    assert [term.name for term in terms] == list(named)
-    for term in terms:
-        assert term.value == pytest.approx(named[term.name].item(), rel=1e-9)
-        share = named[term.name] / sum(named.values())
-        assert term.loss_share == pytest.approx(share.item(), rel=1e-9)
-        share = norms[term.name] / sum(norms.values())
-        assert term.gradient_share == pytest.approx(share.item(), rel=1e-9)
-    assert min(term.gradient_share for term in terms) > 0
+        everything = losses | {"detector": sum(own.values()), "distillation": sum(losses.values())}
+        norms[name] = gradient_norm(everything[name], distiller.student.backbone).item()
+        found = {"detector": report.detector, "distillation": report.distillation}
+        term = found.get(name) or next(term for term in report.terms if term.name == name)
+        assert term.value == pytest.approx(everything[name].item(), rel=1e-9)
+        assert term.gradient_norm == pytest.approx(norms[name], rel=1e-9)
+        assert term.gradient_ratio == pytest.approx(norms[name] / norms["detector"], rel=1e-9)
+    assert tuple(term.name for term in report.terms) == names[1:-1]
+    assert min(norms.values()) > 0
 
 
-def test_without_a_known_loss_of_the_detector_the_terms_are_compared_with_each_other():
+def test_frozen_parts_of_the_student_are_left_out():
+    student = Student()
+    student.backbone.c1.requires_grad_(False)
+    loss = FeatureDistillationLoss(8, 12, hyperparameters=MASKED).double()
+    distiller = Distiller(student, Net(6), loss, {"c2": "backbone.c2"})
+    report = distiller.report(images())
+    assert report.levels[0].adapter_parameters == 8 * 12 + 12
+    _, losses = distiller(images())
+    expected = gradient_norm(losses["attention_masked"], distiller.student.backbone.c2)
+    assert report.distillation.gradient_norm == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_without_a_known_loss_of_the_detector_there_is_no_ratio():
     report = make(Net(4)).report(images())
     assert report.detector is None
-    assert all(term.loss_share is None for term in report.terms)
-    assert sum(term.gradient_share for term in report.terms) == pytest.approx(1.0)
+    assert all(term.gradient_ratio is None for term in report.terms)
+    assert min(term.gradient_norm for term in report.terms) > 0
     assert str(report).endswith("in training mode alone: `distiller.train()`).")
+
+
+def test_a_detector_that_does_not_train_what_the_distillation_reaches():
+    class Apart(Student):
+        def forward(self, batch):
+            self.backbone(batch)
+            return {"loss": self.head.weight.square().sum()}
+
+    report = make(Apart()).report(images())
+    assert report.detector.gradient_norm == 0
+    assert report.distillation.gradient_ratio is None
+    assert "has no gradient where the distillation's is" in report.notes[0]
 
 
 def test_a_report_is_frozen():
@@ -114,27 +155,34 @@ def test_printed_it_is_a_table():
         "path",
         "shape",
         "stride",
+        "rms",
         "channels",
         "adapters",
     ]
-    assert lines[1].startswith("c1     student  backbone.c1  2 x 4 x 8 x 12  2       4 -> 6    109")
-    assert lines[2].split() == [
-        "teacher",
-        "backbone.c1",
-        *["2", "x", "6", "x", "8", "x", "12"],
-        "2",
-    ]
-    assert [line.split("  ")[0] for line in lines[6:]] == [
+    assert lines[1].startswith("c1     student  backbone.c1  2 x 4 x 8 x 12  2       0.")
+    assert lines[1].endswith("4 -> 6    109")
+    *teacher, size = lines[2].split()
+    assert teacher == ["teacher", "backbone.c1", *["2", "x", "6", "x", "8", "x", "12"], "2"]
+    assert float(size) > 0
+    assert [line.split("  ")[0] for line in lines[6:12]] == [
         "term",
         "detector",
         "attention_transfer",
         "attention_masked",
         "non_local",
+        "distillation",
     ]
-    assert all("%" in line for line in lines[7:])
+    assert lines[6].endswith("gradient / detector's")
+    assert lines[7].split()[-1] == "1"
+    assert lines[13].startswith("The distillation's gradient is ")
+    assert len(lines) == 14
 
 
-@pytest.mark.filterwarnings("ignore:attention_masked is:UserWarning")  # random weights
+def test_one_term_needs_no_sum():
+    distiller = Distiller(Summed(4), Net(6), Ratio(1.0), {"c1": "backbone.c1"})
+    assert "\ndistillation" not in str(distiller.report(images()))
+
+
 def test_a_detector_whose_images_are_a_list():
     student, teacher = detector("mobilenet").train(), detector("mobilenet")
     layers = {"c3": "backbone.body.6"}
@@ -147,19 +195,46 @@ def test_a_detector_whose_images_are_a_list():
         report = distiller.report(detector_images(), detector_targets())
         assert report.levels[0].student_stride == report.levels[0].teacher_stride == stride
         assert report.levels[0].adapter_parameters > 0
-        assert report.detector.loss_share > 0
+        assert report.detector.gradient_ratio == 1
         assert "c3" in str(report)
 
 
-def test_a_loss_that_is_not_featkds():
-    class Mean(nn.Module):
-        def forward(self, student, teacher):
-            return {"mean": student["c1"].mean(), "detector": student["c1"].square().mean()}
+class Adapted(nn.Module):
+    """A loss of the user's own, with adapters whose names may tell the level."""
 
-    report = Distiller(Student(), Net(6), Mean(), {"c1": "backbone.c1"}).report(images())
-    assert [level.adapter_parameters for level in report.levels] == [None]
+    def __init__(self, **adapters):
+        super().__init__()
+        self.adapters = nn.ModuleDict(adapters).double()
+        self.register_parameter("unused", nn.Parameter(torch.ones(5), requires_grad=False))
+
+    def forward(self, student, teacher):
+        adapted = [
+            adapter(student[level]).mean()
+            for level, adapter in zip(student, self.adapters.values(), strict=False)
+        ]
+        return {"mean": sum(adapted, start=student["c1"].mean()), "detector": student["c1"].mean()}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "levels", "counts", "rest"),
+    [
+        ({"c1": nn.Conv2d(4, 6, 1), "c2": nn.Conv2d(8, 6, 1)}, ("c1", "c2"), [30, 54], ""),
+        ({"c1": nn.Conv2d(4, 6, 1)}, ("c1", "c2"), [30, 0], ""),
+        ({"first": nn.Conv2d(4, 6, 1)}, ("c1", "c2"), [None, None], "30 parameters"),
+        ({"c1": nn.Conv2d(4, 6, 1), "x": nn.Linear(6, 2)}, ("c1", "c2"), [30, None], "14 param"),
+        ({"first": nn.Conv2d(4, 6, 1)}, ("c1",), [30], ""),
+        ({}, ("c1", "c2"), [0, 0], ""),
+    ],
+)
+def test_the_adapters_of_a_loss_that_is_not_featkds(adapters, levels, counts, rest):
+    layers = {level: LEVELS[level] for level in levels}
+    loss = Adapted(**copy.deepcopy(adapters))
+    report = Distiller(Student(), Net(6), loss, layers).report(images())
+    assert [level.adapter_parameters for level in report.levels] == counts
     assert [term.name for term in report.terms] == ["mean", "detector"]
     assert report.detector.value > 0
+    told = [note for note in report.notes if "names tell no level" in note]
+    assert [note.startswith(f"The loss trains {rest}") for note in told] == [True] * bool(rest)
 
 
 LOSS = torch.ones((), requires_grad=True)
@@ -169,6 +244,15 @@ OUTPUTS = {
     "with an accuracy": ({"a": 2 * LOSS, "accuracy": torch.tensor(90.0)}, 2.0),
     "an attribute": (SimpleNamespace(loss=2 * LOSS, logits=torch.ones(3)), 2.0),
     "a scalar": (2 * LOSS, 2.0),
+    "a loss and items": ((2 * LOSS, {"box": torch.ones(())}), 2.0),
+    "parts and items": ((LOSS * torch.tensor([1.0, 2.0]), {"box": torch.ones(())}), 3.0),
+    "parts and their values": ((LOSS * torch.ones(3), torch.ones(3)), 3.0),
+    "a loss and logits": ((2 * LOSS, LOSS * torch.ones(2, 3)), 2.0),
+    "two losses in a tuple": ((2 * LOSS, LOSS), None),
+    "parts alone": ((LOSS * torch.ones(3),), None),
+    "two outputs": ((LOSS * torch.ones(3), LOSS * torch.ones(3)), None),
+    "maps": ((LOSS * torch.ones(2, 3), {"box": torch.ones(())}), None),
+    "an empty tuple": ((), None),
     "no loss": (SimpleNamespace(loss=None, logits=torch.ones(3)), None),
     "logits": (torch.ones(2, 3, requires_grad=True), None),
     "a mapping of more": ({"loss": LOSS, "logits": torch.ones(3)}, None),
@@ -209,7 +293,7 @@ def test_a_report_leaves_everything_as_it_was(training, gradients):
     with torch.set_grad_enabled(gradients):
         report = distiller.report(images())
         assert torch.is_grad_enabled() == gradients
-    assert report.detector.gradient_share > 0
+    assert report.detector.gradient_norm > 0
     assert all(map(unchanged, models, before))
     assert buffers == [id(buffer) for model in models for buffer in model.buffers()]
     assert modes == [module.training for model in models for module in model.modules()]
@@ -261,70 +345,158 @@ def test_a_report_of_compiled_parts(part, fresh_compiler):
     expected = plain.report(images())
     for ours, term in zip(distiller.report(images()).terms, expected.terms, strict=True):
         assert ours.value == pytest.approx(term.value)
-        assert ours.gradient_share == pytest.approx(term.gradient_share)
+        assert ours.gradient_norm == pytest.approx(term.gradient_norm)
 
 
-# --- warnings -------------------------------------------------------------------------------------
+# --- notes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_parameters_that_no_optimizer_holds_are_warned_of(kind):
+def test_parameters_that_no_optimizer_holds_are_noted(kind):
     distiller = make()
     make_optimizer = getattr(torch.optim, kind)
-    with pytest.warns(UserWarning, match=r"[\d,]+ parameters in \d+ tensors .*'loss\."):
-        distiller.report(images(), optimizer=make_optimizer(distiller.student.parameters(), 0.1))
-    with pytest.warns(UserWarning, match=r"[\d,]+ parameters in \d+ tensors .*'student\."):
-        distiller.report(images(), optimizer=make_optimizer(distiller.loss.parameters(), 0.1))
-    distiller.report(images(), optimizer=make_optimizer(distiller.parameters(), 0.1))
+    for part in ("student", "loss"):
+        optimizer = make_optimizer(
+            getattr(distiller, "loss" if part == "student" else "student").parameters(), 0.1
+        )
+        (note,) = [n for n in distiller.report(images(), optimizer=optimizer).notes if "optim" in n]
+        assert re.match(rf"[\d,]+ parameters in \d+ tensors \(such as '{part}\.", note)
+    optimizer = make_optimizer(distiller.parameters(), 0.1)
+    assert len(distiller.report(images(), optimizer=optimizer).notes) == 1
 
 
-def test_the_warning_counts_what_is_left_out():
+def test_the_note_counts_what_is_left_out():
     distiller = make()
     held, *left_out = [value for value in distiller.loss.parameters() if value.requires_grad]
     count = sum(value.numel() for value in left_out)
     groups = [{"params": distiller.student.parameters()}, {"params": [held]}]
-    with pytest.warns(UserWarning, match=f"^{count:,} parameters in {len(left_out)} tensors"):
-        distiller.report(images(), optimizer=torch.optim.SGD(groups, 0.1))
+    notes = distiller.report(images(), optimizer=torch.optim.SGD(groups, 0.1)).notes
+    assert notes[1].startswith(f"{count:,} parameters in {len(left_out)} tensors")
 
 
-SCALES = [(1e-4, "larger", "lower"), (1e4, "smaller", "raise")]
+class Ratio(nn.Module):
+    """A loss whose gradient is `ratio` times the detector's, whatever its value."""
+
+    def __init__(self, ratio, value=0.0):
+        super().__init__()
+        self.ratio, self.value = ratio, value
+
+    def forward(self, student, teacher):
+        loss = self.ratio * student["c1"].sum()
+        return {"term": loss - loss.detach() + self.value}
 
 
-@pytest.mark.parametrize(("scale", "side", "advice"), SCALES)
-def test_a_term_out_of_scale_is_warned_of_with_the_number_and_the_advice(scale, side, advice):
-    distiller = make(Student(scale=scale), MASKED)
-    with pytest.warns(UserWarning, match="the detector's loss") as caught:
-        report = distiller.report(images())
-    (warning,) = caught
-    ratio = report.terms[1].value / report.detector.value
-    factor = max(ratio, 1 / ratio)
-    assert factor > 100
-    assert f"attention_masked is {report.terms[1].value:.3g}" in str(warning.message)
-    assert f"{factor:.3g} times {side}" in str(warning.message)
-    assert f"{advice} its weight" in str(warning.message)
-    assert warning.filename == __file__
+class Summed(Net):
+    """A detector whose loss is the sum of the tapped level."""
+
+    def forward(self, batch):
+        return {"loss": self.backbone.c1(batch).sum()}
 
 
-def with_value(x, value):
-    """This value, with the gradient of `x`."""
-    return x - x.detach() + value
+RATIOS = [
+    (0.0044, "is 0.0044 times", " Multiply the weights by 2.3e+02."),
+    (0.49, "is 0.49 times", " Multiply the weights by 2."),
+    (0.5, "is 0.5 times", ""),
+    (4.0, "is 4 times", ""),
+    (4.1, "is 4.1 times", " Multiply the weights by 0.24."),
+]
 
 
-@pytest.mark.parametrize(("ratio", "said"), [(100.0, 1), (99.0, 0), (0.01, 1), (0.0101, 0)])
-def test_the_line_is_at_a_hundred(ratio, said):
-    class Constant(nn.Module):
-        def forward(self, student, teacher):
-            return {"term": with_value(student["c1"].sum(), 8.0 * ratio)}
+@pytest.mark.parametrize(("ratio", "said", "advice"), RATIOS)
+def test_the_weights_are_judged_by_the_gradient_and_not_by_the_size_of_the_loss(
+    ratio, said, advice
+):
+    distiller = Distiller(Summed(4), Net(6), Ratio(ratio, 1e6), {"c1": "backbone.c1"})
+    report = distiller.report(images())
+    assert report.distillation.gradient_ratio == pytest.approx(ratio)
+    (note,) = report.notes
+    assert said in note
+    assert "Aim at about 1: 2 to 4 at the start of training, 1 to 2 at its end." in note
+    assert note.endswith(advice or "at its end.")
 
-    class Eight(Net):
-        def forward(self, batch):
-            return 0 * super().forward(batch).sum() + 8.0
 
-    distiller = Distiller(Eight(4), Net(6), Constant(), {"c1": "backbone.c1"})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        distiller.report(images())
-    assert len(caught) == said
+def weights_times(factor):
+    def change(teacher, student):
+        for value in teacher.backbone.parameters():
+            value.mul_(factor)
+
+    return change
+
+
+def constant(teacher, student):
+    for level in teacher.backbone:
+        level.conv.weight.zero_()
+        level.norm.bias.fill_(0.5)
+
+
+def tiny(teacher, student):
+    for level in teacher.backbone:
+        level.norm.weight.mul_(1e-9)
+    teacher.backbone.c2.conv.weight.mul_(1e9)
+
+
+STATES = {
+    "zero": (weights_times(0.0), "are zero: "),
+    "not finite": (weights_times(math.nan), "are not finite: "),
+    "infinite": (weights_times(math.inf), "are not finite: "),
+    "constant": (constant, "are the same at every position: "),
+    "huge": (weights_times(1e9), "have an absurd size (root mean square outside 1e-06 to 1000): "),
+    "tiny": (tiny, "have an absurd size "),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), STATES.values(), ids=STATES)
+def test_a_teacher_that_cannot_teach_is_noted_and_logged_once(change, said, caplog):
+    distiller = make(Student(), MASKED)
+    with torch.no_grad():
+        change(distiller.teacher, distiller.student)
+    report = distiller.report(images())
+    assert not caplog.records
+    (note,) = [note for note in report.notes if "teacher's features" in note]
+    assert note.startswith(f"The teacher's features at c1, c2 {said}")
+    assert f"\n\n{note}" in str(report)
+    for _ in range(2):
+        distiller(images())
+    logged = [text for text in messages(caplog, logging.WARNING) if "teacher's" in text]
+    assert logged == ["t" + note[1:]]
+
+
+def test_a_teacher_that_equals_the_student_is_noted():
+    student, teacher = Net(4).eval(), Net(4)
+    teacher.load_state_dict(student.state_dict())
+    distiller = Distiller(student, teacher, distillation_loss(4, 4, MASKED), LEVELS)
+    said = "are the student's own: it has the same weights, and nothing to teach."
+    assert f"The teacher's features at c1, c2 {said}" in distiller.report(images()).notes
+    student.backbone.c2.conv.weight.data.mul_(2.0)
+    assert f"The teacher's features at c1 {said}" in distiller.report(images()).notes
+    student.train()
+    assert not [note for note in distiller.report(images()).notes if "teacher's" in note]
+
+
+@pytest.mark.parametrize(
+    ("features", "fault"),
+    [
+        (torch.ones(2, 3, 1, 1), "same at every"),
+        (torch.ones(1, 3, 1, 1), ""),
+        (torch.full((2, 3, 4, 4), 1e-6), "same at every"),
+        (torch.arange(96.0).view(2, 3, 4, 4), ""),
+        (torch.arange(96.0).view(2, 3, 4, 4) - 5e4, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 1e-3, ""),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 600, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4) * 1e30, "absurd"),
+        (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ""),
+        (torch.ones(0, 3, 4, 4), ""),
+        (torch.ones(2, 3, 4, 4, device="meta"), ""),
+    ],
+)
+def test_what_is_wrong_with_a_teacher(features, fault):
+    found = magnitudes({"c": torch.zeros(1)}, {"c": features})["c"]
+    assert fault in found.fault
+    assert bool(fault) == bool(found.fault)
+    if features.numel() and not features.is_meta:
+        assert found.teacher == pytest.approx(features.double().square().mean().sqrt().item())
+    else:
+        assert found.teacher is None
 
 
 class Term(nn.Module):
@@ -349,12 +521,11 @@ class Term(nn.Module):
     ],
     ids=["NaN", "inf", "detached", "zero", "no term"],
 )
-def test_a_loss_that_trains_nothing_is_warned_of_and_the_report_says_so(function, text):
+def test_a_loss_that_trains_nothing_is_noted(function, text):
     distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
-    with pytest.warns(UserWarning, match=f"^{text}") as caught:
-        report = distiller.report(images())
-    assert report.warnings == tuple(str(warning.message) for warning in caught)
-    assert str(report).endswith("".join(f"\n\nWarning: {said}" for said in report.warnings))
+    report = distiller.report(images())
+    assert report.notes[-1].startswith(text[0].upper() + text[1:])
+    assert str(report).endswith("".join(f"\n\n{said}" for said in report.notes))
 
 
 def test_an_optimizer_of_another_kind_is_an_error():
@@ -387,36 +558,44 @@ def test_of_several_processes_the_first_alone_logs(caplog, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank in (1, 0):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        make(Student(scale=1e-4), MASKED)(images())
+        distiller = make(Student(), MASKED)
+        with torch.no_grad():
+            weights_times(0.0)(distiller.teacher, distiller.student)
+        distiller(images())
         assert len(caplog.records) == (0 if rank else 2)
 
 
-def test_nothing_is_said_of_a_step_in_scale(capfd):
-    make()(images())
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_nothing_is_said_of_a_sound_step_whatever_the_detectors_loss(scale, capfd):
+    make(Student(scale=scale))(images())
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("scale", "side"), [(1e-4, "larger"), (1e4, "smaller")])
-def test_the_first_training_step_says_what_is_out_of_scale_once(scale, side, caplog):
-    distiller = make(Student(scale=scale), MASKED)
-    for _ in range(3):
+def test_the_first_training_step_says_that_a_loss_is_not_finite(caplog):
+    loss = Term(lambda x: {"term": x.sum() * math.nan})
+    distiller = Distiller(Student(), Net(6), loss, {"c1": "backbone.c1"})
+    for _ in range(2):
         distiller(images())
-    (text,) = messages(caplog, logging.WARNING)
-    assert "attention_masked" in text
-    assert f"times {side}" in text
+    assert messages(caplog, logging.WARNING) == ["term is nan: a step with it spoils every weight."]
+
+
+def no_value_is_read(monkeypatch):
+    for name in ("item", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("read"))
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("read"))
 
 
 def test_a_silenced_logger_costs_no_reading_of_values(monkeypatch):
     distiller = make()
     monkeypatch.setattr(logging.getLogger("featkd"), "disabled", True)
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("read"))
+    no_value_is_read(monkeypatch)
     distiller(images())
 
 
 def test_values_are_read_at_the_first_step_alone(monkeypatch):
     distiller = make()
     distiller(images())
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("read"))
+    no_value_is_read(monkeypatch)
     distiller(images())
 
 

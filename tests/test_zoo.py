@@ -245,13 +245,33 @@ def test_export(entry, model, distilled):
 
 
 def test_match_layers(entry, model):
+    """What is proposed is what is expected, and a tap of it captures what a plain hook sees."""
     matched = featkd.match_layers(model, model, entry.inputs[0])
-    found = {level: pair for level, pair in matched.pairs.items() if level <= "c5"}
-    assert {level: layer.path for level, (layer, _) in found.items()} == entry.stages
-    for level, (layer, _) in found.items():
+    proposed = {**matched.pairs, **matched.others}
+    found = {level: ours for level, (ours, _) in proposed.items() if level <= "c5" or level > "p"}
+    assert {level: layer.path for level, layer in found.items()} == {
+        **entry.stages,
+        **entry.pyramid,
+    }
+    assert matched.pairs.keys() == (entry.pyramid or dict.fromkeys(proposed, 0)).keys()
+    for level, layer in found.items():
         stride = 2 ** int(level[1:])
         assert layer.stride == stride
         assert layer.shape[2:] == tuple(math.ceil(side / stride) for side in entry.size)
+    layers = {level: ours.path for level, (ours, _) in proposed.items()}
+    model = copy.deepcopy(model).eval()
+    convert = matched.select(*proposed).convert
+    student_convert = {level: pair[0] for level, pair in convert.items()}
+    with (
+        watch(model, layers.values()) as expected,
+        FeatureTap(model, layers, convert=student_convert) as tap,
+        torch.no_grad(),
+    ):
+        model(entry.inputs[0])
+        for level, feature in tap.pop().items():
+            seen = student_convert.get(level, nn.Identity())(expected[layers[level]])
+            assert torch.equal(feature, seen)
+            assert tuple(feature.shape[1:]) == proposed[level][0].shape[1:]
 
 
 # --- wrappers -------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Entry:
     """Level -> the path that is tapped; all lie in the body."""
     stages: Mapping[str, str]
     """Level -> the path that `match_layers` is to find, for every level up to C5 that it finds."""
+    pyramid: Mapping[str, str] = field(default_factory=dict)
+    """Likewise for what its FPN puts out."""
     body: str = ""
     """The part that the wrappers are tried on; it takes `IMAGES`."""
     part: str = ""
@@ -77,6 +79,7 @@ def torchvision_entry(
     *,
     body: str = "backbone",
     layers: Mapping[str, str] | None = None,
+    pyramid: Mapping[str, str] | None = None,
     size: tuple[int, int] = (64, 96),
     **annotations: Tensor,
 ) -> Entry:
@@ -91,6 +94,7 @@ def torchvision_entry(
         (list(IMAGES), [target(**annotations)] * len(IMAGES)),
         layers or from_c3(stages),
         stages,
+        pyramid or {},
         body,
         body,
         shared_input="backbone",
@@ -104,25 +108,37 @@ MASKS = torch.zeros(2, 64, 96, dtype=torch.uint8)
 MASKS[:, 10:40, 30:60] = 1
 KEYPOINTS = torch.tensor([20.0, 30.0, 1.0]).expand(2, 17, 3)
 
+
+def outputs(keys: Any, first: int, path: str = "backbone") -> dict[str, str]:
+    return {f"p{level}": f"{path}[{key}]" for level, key in enumerate(keys, first)}
+
+
+P2_TO_P6 = outputs(("0", "1", "2", "3", "pool"), 2)
+# Of images this small p7 is as high as p6: one position.
+P3_TO_P6 = outputs(("0", "1", "2", "p6"), 3)
+P5_AND_P6 = outputs(("1", "pool"), 5)
+
 TORCHVISION = {
-    name: torchvision_entry(name, stages, options, **annotations)
-    for name, stages, options, annotations in [
-        ("fasterrcnn_resnet50_fpn", RESNET, FEW_PROPOSALS, {}),
-        ("fasterrcnn_resnet50_fpn_v2", RESNET, FEW_PROPOSALS, {}),
-        ("fasterrcnn_mobilenet_v3_large_fpn", MOBILENET, FEW_PROPOSALS, {}),
-        ("fasterrcnn_mobilenet_v3_large_320_fpn", MOBILENET, FEW_PROPOSALS, {}),
-        ("maskrcnn_resnet50_fpn", RESNET, FEW_PROPOSALS, {"masks": MASKS}),
-        ("maskrcnn_resnet50_fpn_v2", RESNET, FEW_PROPOSALS, {"masks": MASKS}),
-        ("keypointrcnn_resnet50_fpn", RESNET, FEW_PROPOSALS, {"keypoints": KEYPOINTS}),
-        ("retinanet_resnet50_fpn", RESNET, SMALL, {}),
-        ("retinanet_resnet50_fpn_v2", RESNET, SMALL, {}),
-        ("fcos_resnet50_fpn", RESNET, SMALL, {}),
+    name: torchvision_entry(name, stages, options, pyramid=pyramid, **annotations)
+    for name, stages, pyramid, options, annotations in [
+        ("fasterrcnn_resnet50_fpn", RESNET, P2_TO_P6, FEW_PROPOSALS, {}),
+        ("fasterrcnn_resnet50_fpn_v2", RESNET, P2_TO_P6, FEW_PROPOSALS, {}),
+        ("fasterrcnn_mobilenet_v3_large_fpn", MOBILENET, P5_AND_P6, FEW_PROPOSALS, {}),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", MOBILENET, P5_AND_P6, FEW_PROPOSALS, {}),
+        ("maskrcnn_resnet50_fpn", RESNET, P2_TO_P6, FEW_PROPOSALS, {"masks": MASKS}),
+        ("maskrcnn_resnet50_fpn_v2", RESNET, P2_TO_P6, FEW_PROPOSALS, {"masks": MASKS}),
+        ("keypointrcnn_resnet50_fpn", RESNET, P2_TO_P6, FEW_PROPOSALS, {"keypoints": KEYPOINTS}),
+        ("retinanet_resnet50_fpn", RESNET, P3_TO_P6, SMALL, {}),
+        ("retinanet_resnet50_fpn_v2", RESNET, P3_TO_P6, SMALL, {}),
+        ("fcos_resnet50_fpn", RESNET, P3_TO_P6, SMALL, {}),
     ]
 } | {
     # These two have images of a fixed size.
     "ssd300_vgg16": torchvision_entry(
         "ssd300_vgg16",
-        numbered("backbone.{}", ("features.8", "features.15", "features", "extra.0", "extra.1"), 1),
+        numbered(
+            "backbone.{}", ("features.8", "features.15", "features.22", "extra.0", "extra.1"), 1
+        ),
         {},
         size=(300, 300),
         body="backbone.features",
@@ -130,7 +146,7 @@ TORCHVISION = {
     ),
     "ssdlite320_mobilenet_v3_large": torchvision_entry(
         "ssdlite320_mobilenet_v3_large",
-        numbered("backbone.features.{}", ("0.1", "0.3", "0.6", "0", "1"), 1),
+        numbered("backbone.features.{}", ("0.1", "0.3", "0.6", "0.13", "1"), 1),
         {},
         size=(320, 320),
         layers={"c3": "backbone.features.0.6", "c4": "backbone.features.0.12"},
@@ -206,6 +222,7 @@ def hf_entry(
     backbone: str,
     of_backbone: Mapping[str, Any],
     encoder: str = "model.backbone.model",
+    pyramid: str = "",
 ) -> Entry:
     """A detector on a convolutional backbone, which lies at the path `encoder`."""
     stem = "embedder.pool" if backbone == "HGNetV2" else "embedder.embedder"
@@ -215,6 +232,7 @@ def hf_entry(
         (IMAGES,),
         from_c3(stages),
         stages,
+        outputs(range(3), 3, pyramid) if pyramid else {},
         part=encoder,
         options={"labels": LABELS},
     )
@@ -252,20 +270,31 @@ YOLOS = VIT_CONFIG | {
     "attention_probs_dropout_prob": 0.0,
 }
 
+HYBRID_ENCODER = "model.encoder[last_hidden_state]"
+
 TRANSFORMERS = {
     "detr": hf_entry("Detr", TRANSFORMER, "ResNet", C5),
     "conditional_detr": hf_entry("ConditionalDetr", TRANSFORMER, "ResNet", C5),
     "deformable_detr": hf_entry("DeformableDetr", TRANSFORMER, "ResNet", RESNET_C3_TO_C5),
     "dab_detr": hf_entry("DabDetr", DAB, "ResNet", C5, "model.backbone.conv_encoder.model"),
-    "rt_detr": hf_entry("RTDetr", HYBRID, "RTDetrResNet", RESNET_C3_TO_C5),
-    "rt_detr_v2": hf_entry("RTDetrV2", HYBRID, "RTDetrResNet", RESNET_C3_TO_C5),
-    "d_fine": hf_entry("DFine", HYBRID, "HGNetV2", HGNET_C3_TO_C5),
-    "deimv2": hf_entry("Deimv2", HYBRID, "HGNetV2", HGNET_C3_TO_C5, "model.conv_encoder.model"),
+    "rt_detr": hf_entry("RTDetr", HYBRID, "RTDetrResNet", RESNET_C3_TO_C5, pyramid=HYBRID_ENCODER),
+    "rt_detr_v2": hf_entry(
+        "RTDetrV2", HYBRID, "RTDetrResNet", RESNET_C3_TO_C5, pyramid=HYBRID_ENCODER
+    ),
+    "d_fine": hf_entry("DFine", HYBRID, "HGNetV2", HGNET_C3_TO_C5, pyramid=HYBRID_ENCODER),
+    "deimv2": hf_entry(
+        "Deimv2",
+        HYBRID,
+        "HGNetV2",
+        HGNET_C3_TO_C5,
+        "model.conv_encoder.model",
+        "model.encoder[feature_maps]",
+    ),
     "rf_detr": Entry(
         partial(hf, "RfDetr", RF, "RfDetrDinov2", **DINOV2),
         (IMAGES,),
         {"c4": "model.backbone.projector"},
-        {"c4": "model.backbone.backbone.embeddings.patch_embeddings.projection"},
+        {"c4": "model.backbone.backbone[feature_maps][1]"},
         options={"labels": LABELS},
     ),
     "yolos": Entry(

@@ -1,9 +1,10 @@
-"""The calls of a model's modules in one forward, and the trunk of its backbone among them."""
+"""The calls of a model's modules in one forward, and the feature maps in and out of each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,33 +15,92 @@ Shape = tuple[int, int, int, int]
 
 
 @dataclass
+class FeatureMap:
+    """A feature map or image among what a module takes in or puts out."""
+
+    shape: Shape
+    keys: tuple[str, ...]
+    """Where it lies: `("feature_maps", "0")`; empty for a tensor by itself."""
+    serial: int
+    """Two of one number are one tensor."""
+    channels_last: bool = False
+
+    @property
+    def selector(self) -> str:
+        """As a tap's path spells it."""
+        return "".join(f"[{key}]" for key in self.keys)
+
+
+@dataclass(eq=False)
 class Call:
-    """One run of a module: the maps that it takes in and puts out, and the calls inside it."""
+    """One run of a module, and the calls inside it."""
 
     path: str
-    taken_in: list[Shape]
-    put_out: list[Shape] = field(default_factory=list)
-    channels_last: bool = False
+    began: int
+    ended: int = 0
+    taken_in: list[FeatureMap] = field(default_factory=list)
+    put_out: list[FeatureMap] = field(default_factory=list)
     inner: list[Call] = field(default_factory=list)
+    tokens_in: set[tuple[int, ...]] = field(default_factory=set)
+    """The shapes `(B, N, C)` that go in."""
+    tokens_out: set[tuple[int, ...]] = field(default_factory=set)
+    puts_out_more: bool = False
+    """Than feature maps: other tensors."""
+
+    def within(self) -> Iterator[Call]:
+        """The call and those inside it, outermost first."""
+        yield self
+        for call in self.inner:
+            yield from call.within()
+
+    @property
+    def leaves(self) -> int:
+        """How many calls it is made of."""
+        return sum(not call.inner for call in self.within())
+
+
+class _Numbers:
+    """One number for each tensor, however often it is met."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.given = 0
+
+    def of(self, tensor: Tensor) -> int:
+        ref, number = self.known.get(id(tensor), (None, 0))
+        if ref is None or ref() is not tensor:
+            self.given += 1
+            number = self.given
+            self.known[id(tensor)] = weakref.ref(tensor), number
+        return number
 
 
 def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ended: list[Call]
 ) -> Call:
     """The calls, nested; `ended` takes them in the order of ending."""
-    root = Call("", [])
+    root = Call("", -1)
     stack = [root]
     handles = []
+    numbers = _Numbers()
+    began = 0
     for path, module in model.named_modules():
 
         def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            call = Call(path, list(maps_in((args, kwargs))))
+            nonlocal began
+            call = Call(path, began)
+            began += 1
+            call.taken_in, more = _sorted((args, kwargs), numbers)
+            call.tokens_in = {shape for shape in more if len(shape) == 3}
             stack[-1].inner.append(call)
             stack.append(call)
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             call = stack.pop()
-            call.put_out = list(maps_in(output))
+            call.put_out, more = _sorted(output, numbers)
+            call.tokens_out = {shape for shape in more if len(shape) == 3}
+            call.puts_out_more = bool(more)
+            call.ended = began
             ended.append(call)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -54,20 +114,45 @@ def trace(
             handle.remove()
         for module in training:
             module.training = True
+    root.ended = began
     return root
+
+
+def _sorted(value: Any, numbers: _Numbers) -> tuple[list[FeatureMap], list[tuple[int, ...]]]:
+    """The feature maps in a structure, and the shapes of its other tensors."""
+    maps, others = [], []
+    for keys, tensor in tensors_in(value):
+        if _may_be_map(tensor):
+            images, channels, height, width = tensor.shape
+            shape = images, channels, height, width
+            maps.append(FeatureMap(shape, keys, numbers.of(tensor)))
+        else:
+            others.append(tuple(tensor.shape))
+    return maps, others
+
+
+def _may_be_map(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_floating_point() and 0 not in tensor.shape
+
+
+def tensors_in(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """A structure's tensors, and where each lies."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, (*keys, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, (*keys, str(index)))
 
 
 def maps_in(value: Any) -> Iterator[Shape]:
     """The shapes of the feature maps and images in a structure."""
-    if isinstance(value, Tensor):
-        if value.dim() == 4 and value.is_floating_point() and 0 not in value.shape:
-            images, channels, height, width = value.shape
+    for _, tensor in tensors_in(value):
+        if _may_be_map(tensor):
+            images, channels, height, width = tensor.shape
             yield images, channels, height, width
-    elif isinstance(value, Mapping):
-        yield from maps_in(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from maps_in(item)
 
 
 def stride_of(shape: Shape, pixels: Shape) -> float:
@@ -77,67 +162,33 @@ def stride_of(shape: Shape, pixels: Shape) -> float:
     return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)
 
 
-def trunk(root: Call, pixels: Shape) -> Iterator[Call]:
-    """The backbone's steps in order, each followed by the calls that end with it."""
-    deepest = 0.0
-
-    def walk(call: Call) -> Generator[Call, None, bool]:
-        """Whether the backbone goes on after this call."""
-        nonlocal deepest
-        if len(call.taken_in) > 1 or _pools_all(call):
-            return False
-        if call.path and len(call.put_out) == 1:
-            after = stride_of(call.put_out[0], pixels)
-            before = stride_of(call.taken_in[0], pixels) if call.taken_in else 1.0
-            # What keeps or halves its map is one step, whatever is inside.
-            if not call.inner or 1 < after <= 2 * before:
-                if after < deepest:
-                    return False
-                deepest = after
-                yield call
-                return True
-        for inner in call.inner:
-            if not (yield from walk(inner)):
-                return False
-        if call.inner and call.put_out == call.inner[-1].put_out and len(call.put_out) == 1:
-            yield call
-        return len(call.put_out) < 2
-
-    for call in root.inner:
-        if not (yield from walk(call)):
-            return
-
-
-def _pools_all(call: Call) -> bool:
-    """From more positions than a stride of 2 takes together to a single one."""
-    to_one = [shape[2:] for shape in call.put_out] == [(1, 1)]
-    return to_one and any(max(shape[2:]) > 2 for shape in call.taken_in)
-
-
-def first_maps(call: Call) -> Iterator[Shape]:
-    """The maps that enter modules, in the order of the calls: the first is the image."""
-    yield from call.taken_in
-    for inner in call.inner:
-        yield from first_maps(inner)
+def first_image(root: Call) -> Shape:
+    """The first map that enters a module."""
+    for call in root.within():
+        for found in call.taken_in:
+            return found.shape
+    return 0, 0, 0, 0
 
 
 def read_maps(ended: list[Call], pixels: Shape) -> None:
     """Leaves the calls what are maps of the image, with the channels in front."""
     for call in ended:
-        call.taken_in = [shape for shape, _ in _readings(call.taken_in, pixels)]
-        put_out = list(_readings(call.put_out, pixels))
-        call.put_out = [shape for shape, _ in put_out]
-        call.channels_last = any(channels_last for _, channels_last in put_out)
+        call.taken_in = [found for found in call.taken_in if _read(found, pixels)]
+        read = [found for found in call.put_out if _read(found, pixels)]
+        call.puts_out_more |= len(read) < len(call.put_out)
+        call.put_out = read
 
 
-def _readings(shapes: list[Shape], pixels: Shape) -> Iterator[tuple[Shape, bool]]:
-    """The shapes as `(B, C, H, W)`, and whether they were `(B, H, W, C)`: only if nothing else."""
-    for shape in shapes:
-        images, height, width, channels = shape
-        if _is_map_of(pixels, shape):
-            yield shape, False
-        elif _is_map_of(pixels, (images, channels, height, width)):
-            yield (images, channels, height, width), True
+def _read(found: FeatureMap, pixels: Shape) -> bool:
+    """As `(B, C, H, W)`; as `(B, H, W, C)` only if nothing else."""
+    images, height, width, channels = found.shape
+    if _is_map_of(pixels, found.shape):
+        return True
+    turned = images, channels, height, width
+    if _is_map_of(pixels, turned):
+        found.shape, found.channels_last = turned, True
+        return True
+    return False
 
 
 def _is_map_of(pixels: Shape, shape: Shape) -> bool:
