@@ -103,8 +103,9 @@ def prepare_pair(
         if resize is None:
             raise ValueError(
                 f"`{names[0]}` must have the height and width of `{names[1]}` "
-                f"{tuple(teacher.shape)}, or be resized to them by the loss's argument `resize`, "
-                f"got {tuple(student.shape)}."
+                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: where the models resize "
+                "images on their own, take the distiller's `shared_input`; where their strides "
+                "differ, the loss's `resize`."
             )
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)

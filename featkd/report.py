@@ -218,14 +218,13 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _levels(distiller: Distiller, step: Step) -> Iterator[LevelReport]:
-    paths = distiller._student_tap.layers, distiller._teacher_tap.layers
     image = next(maps_in(step.inputs), None)
     for level, ours in step.student.items():
         theirs = step.teacher[level]
         yield LevelReport(
             name=level,
-            student_path=paths[0][level],
-            teacher_path=paths[1][level],
+            student_path=distiller._paths[level][0],
+            teacher_path=distiller._paths[level][1],
             student_shape=tuple(ours.shape),
             teacher_shape=tuple(theirs.shape),
             student_stride=_stride(ours, image),
