@@ -103,9 +103,8 @@ def prepare_pair(
         if resize is None:
             raise ValueError(
                 f"`{names[0]}` must have the height and width of `{names[1]}` "
-                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: where the models resize "
-                "images on their own, take the distiller's `shared_input`; where their strides "
-                "differ, the loss's `resize`."
+                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: for other strides take the "
+                "loss's `resize`, for models that resize images the distiller's `shared_input`."
             )
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)
