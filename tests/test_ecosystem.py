@@ -227,16 +227,14 @@ def with_models(monkeypatch: pytest.MonkeyPatch, kind: str) -> Any:
 def test_the_hf_trainer_saves_and_resumes_a_student_with_tied_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers
-
-    with_models(monkeypatch, kind)
+    trainer = with_models(monkeypatch, kind).transformers.trainer
     first = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf")
     state, saved = first.end.state_dict(), load_file(tmp_path / "hf/checkpoint-2/model.safetensors")
     tied = state.keys() - saved.keys()
     assert tied
     assert differences(saved, state) == tied
     said: list[str] = []
-    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    monkeypatch.setattr(trainer.logger, "warning", said.append)
     resume = ["--resume", str(tmp_path / "hf/checkpoint-2")]
     second = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf", *resume)
     assert differences(second.end.state_dict(), state) == set()
@@ -251,15 +249,9 @@ def test_the_hf_trainer_saves_and_resumes_a_student_with_tied_weights(
 def test_the_hf_trainer_checkpoints_the_students_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers
-
-    with_models(monkeypatch, "deformable_detr")
+    transformers = with_models(monkeypatch, "deformable_detr").transformers
     plain = start("hf_trainer", tmp_path, "--steps", "2", "--output", "plain")
-    arguments = partial(
-        transformers.TrainingArguments,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    arguments = partial(transformers.TrainingArguments, gradient_checkpointing=True)
     monkeypatch.setattr(transformers, "TrainingArguments", arguments)
     run = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf")
     on = [getattr(module, "gradient_checkpointing", False) for module in run.end.student.modules()]
