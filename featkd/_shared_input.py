@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._normalization import renormalization
 from ._paths import resolve
-from ._placement import weights_of
+from ._placement import placed, weights_of
 from .taps import FeatureTap
 
 NAME = "shared_input"
@@ -40,7 +40,9 @@ class SharedInput:
                     f"`{name}` must lie within the teacher's {paths[1]!r}, which "
                     f"`shared_input` runs, got {path!r}."
                 )
-        self.tap = FeatureTap(student, {NAME: f"{paths[0]}:input"})
+        # A path with `:input[item]` names one of several.
+        path = paths[0] if ":" in paths[0] else f"{paths[0]}:input"
+        self.tap = FeatureTap(student, {NAME: path})
         self.convert = convert or renormalization(student, ours, teacher, self.part)
 
     def pop(self) -> Tensor:
@@ -51,8 +53,7 @@ class SharedInput:
         if not isinstance(found, Tensor):
             raise TypeError(f"`convert_input` must return a tensor, got {type(found).__name__}.")
         weight = next(weights_of(self.part), found)
-        device = found.device if weight.is_meta else weight.device
-        self.part(found.to(device, weight.dtype))
+        self.part(placed(found, None if weight.is_meta else weight.device, weight.dtype))
 
 
 def _require_one_input(path: str, part: nn.Module) -> None:

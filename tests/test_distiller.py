@@ -45,6 +45,7 @@ from featkd import (
     from_tokens,
 )
 from featkd._early_stop import left_early
+from featkd._placement import home, placed
 
 
 def make(student=4, teacher=6, **options):
@@ -731,6 +732,43 @@ class Bare(nn.Module):
         return batch
 
 
+def test_several_devices_are_none_and_offloaded_weights_are_nowhere():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert home(model) == (cpu, torch.float32)
+    model[0].to(meta)
+    assert home(model) == (cpu, torch.float32)
+    model.to(meta)
+    assert home(model) == (None, torch.float32)
+    assert home(nn.Identity()) == (None, None)
+
+
+def test_arguments_of_any_dtype_are_moved():
+    batch = [FLOAT, COUNTS, "text"]
+    moved = placed(batch, torch.device("meta"), None)
+    assert [value.device.type for value in moved[:2]] == ["meta", "meta"]
+    assert [value.dtype for value in moved[:2]] == [torch.float32, torch.int64]
+    assert moved[2] == "text"
+
+
+def test_a_shared_tensor_of_integers_stays_one():
+    class Embeds(Net):
+        def __init__(self, width):
+            super().__init__(width)
+            self.backbone = nn.Sequential(nn.Embedding(3, 3), AsChannelsFirst(), *self.backbone)
+            self.double()
+
+    layers = {"c1": "backbone.2"}
+    distiller = Distiller(Embeds(4), Embeds(6).float(), Seen(), layers, shared_input="backbone")
+    distiller(torch.zeros(2, 8, 8, dtype=torch.long))
+    assert distiller.loss.teacher["c1"].dtype == torch.float32
+
+
+class AsChannelsFirst(nn.Module):
+    def forward(self, maps):
+        return maps.movedim(-1, 1)
+
+
 # --- modules that run several times ---------------------------------------------------------------
 
 
@@ -786,6 +824,36 @@ def test_models_that_resize_images_are_sent_to_shared_input():
     raises(ValueError, lambda: Distiller(student, teacher, loss, layers)(*batch), "`shared_input`")
     distiller = Distiller(student, teacher, loss, layers, shared_input="backbone")
     assert distiller(*batch)[1]["attention_masked"] > 0
+
+
+class Masked(Net):
+    """Its backbone takes a mask that can be left out."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.backbone = MaskedBackbone(self.backbone)
+
+    def forward(self, batch):
+        return self.head(self.backbone(batch, torch.ones(1)))
+
+
+class MaskedBackbone(nn.Module):
+    def __init__(self, stages):
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, batch, mask=None):
+        return self.stages(batch)
+
+
+def test_the_advice_for_one_of_several_inputs_works():
+    student, teacher = Masked(4), Masked(6)
+    make_it = partial(Distiller, student, teacher, Seen(), {"c1": "backbone.stages.c1"})
+    with pytest.raises(ValueError, match=re.escape("such as 'backbone:input[KEY]'")):
+        make_it(shared_input="backbone")(images())
+    theirs = Inputs(teacher.backbone)
+    make_it(shared_input="backbone:input[0]")(images())
+    assert torch.equal(theirs[0], images())
 
 
 @pytest.mark.model_zoo
@@ -1396,6 +1464,14 @@ def test_a_teacher_that_holds_the_student_or_a_part_of_it_is_an_error(path):
 def test_a_teacher_that_the_loss_trains_is_an_error():
     with pytest.raises(ValueError, match="`teacher` must share no weights with `loss`"):
         sharing(loss="attention_masked")
+
+
+def test_a_student_that_fsdp_wraps_alone_is_an_error():
+    student = nn.Module()
+    student._fsdp_wrapped_module = Net(4)
+    with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
+        build(student, loss=distillation_loss())
+    build(student)
 
 
 def test_a_shared_buffer_is_an_error():

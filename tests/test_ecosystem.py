@@ -223,7 +223,7 @@ def with_models(monkeypatch: pytest.MonkeyPatch, kind: str) -> Any:
     return example
 
 
-@pytest.mark.parametrize("kind", ["d_fine", "rt_detr_v2", "deformable_detr"])
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr_v2"])
 def test_the_hf_trainer_saves_and_resumes_a_student_with_tied_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
