@@ -44,11 +44,11 @@ class Distiller(nn.Module):
             teacher runs. Detectors that resize inside the model need this (`"backbone"` for
             torchvision's): called with the same images, the teacher would see other pixels.
         convert_input: a function from that tensor to the one that the teacher is given. `None`:
-            where both models state how they normalise images (torchvision's and mmdet's detectors,
-            read here, once), from the student's way to the teacher's; padding like any pixel.
+            images go from the student's normalisation to the teacher's, padding like any pixel,
+            where both models state theirs (torchvision's and mmdet's detectors; read once, here).
         student_forward: `student_forward(student, *args, **kwargs)` replaces the student's call.
-        teacher_forward: the same for the teacher: each side can take its own of the arguments. Those
-            of the teacher come on its device and, where floating-point, in its dtype.
+        teacher_forward: the same of the teacher. By default both are called with all arguments; the
+            teacher's come on its device and, where floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
             seam: what lies behind the last tap does not run, hooks and the model's own counters
             included (not for a sharded teacher), and a tapped module that would run a second time
