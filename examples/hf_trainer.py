@@ -23,13 +23,32 @@ def detector(width: int) -> RTDetrForObjectDetection:
     return RTDetrForObjectDetection(config)
 
 
-def build_distiller() -> featkd.Distiller:
+class Distiller(featkd.Distiller):
+    """With what the Trainer asks of a model beside its forward."""
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """The other names of tied weights, such as D-FINE's: safetensors takes each weight once."""
+        once = dict(self.named_parameters()) | dict(self.named_buffers())
+        return [name for name in self.state_dict() if name not in once]
+
+    def tie_weights(self) -> None:
+        self.student.tie_weights()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:  # its name before 5.24
+        self.student.gradient_checkpointing_enable(**options)
+
+
+def build_distiller() -> Distiller:
     teacher, student = detector(width=64), detector(width=16)
     layers = {f"stage{i}": f"model.backbone.model.encoder.stages.{i}" for i in (1, 2)}
     channels = {"stage1": 32, "stage2": 64}, {"stage1": 128, "stage2": 256}
     loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.NORMALIZED)
     # Of the teacher its CNN alone runs: no transformer, no matching of boxes.
-    return featkd.Distiller(student, teacher, loss, layers, shared_input="model.backbone.model")
+    return Distiller(student, teacher, loss, layers, shared_input="model.backbone.model")
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -45,6 +64,10 @@ class DistillationTrainer(transformers.Trainer):
         total = sum(losses.values())
         return (total, output) if return_outputs else total
 
+    def _save(self, output_dir=None, state_dict=None):
+        state, left_out = state_dict or self.model.state_dict(), self.model._keys_to_ignore_on_save
+        super()._save(output_dir, {k: v for k, v in state.items() if k not in left_out})
+
 
 def collate(samples: list) -> dict[str, Any]:
     boxes = [box_convert(target["boxes"] / SIZE, "xyxy", "cxcywh") for _, target in samples]
@@ -53,10 +76,11 @@ def collate(samples: list) -> dict[str, Any]:
     return {"pixel_values": torch.stack([image / 255 for image, _ in samples]), "labels": labels}
 
 
-def main(argv: list[str] | None = None) -> featkd.Distiller:
+def main(argv: list[str] | None = None) -> Distiller:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", default="runs/hf_trainer")
+    parser.add_argument("--resume", help="a checkpoint's folder")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     distiller = build_distiller()
@@ -67,7 +91,7 @@ def main(argv: list[str] | None = None) -> featkd.Distiller:
     trainer = DistillationTrainer(distiller, settings, data_collator=collate, **data)
     # Some versions would take our loss for one divided by the accumulation steps already.
     trainer.model_accepts_loss_kwargs = False
-    trainer.train()  # its checkpoints hold student and adapters
+    trainer.train(resume_from_checkpoint=args.resume)  # its checkpoints hold student and adapters
     trainer.evaluate()
     distiller.student.save_pretrained(f"{args.output}/student")
     return distiller

@@ -136,7 +136,8 @@ def require_callable(name: str, value: Callable[..., object] | None) -> None:
         raise TypeError(f"`{name}` must be callable or None, got {type(value).__name__}.")
 
 
-def require_losses(losses: object) -> None:
+def require_losses(losses: object, output: object) -> None:
+    """By name, and none of a name in the detector's own mapping: together one would be lost."""
     if not isinstance(losses, Mapping):
         found = type(losses).__name__
         raise TypeError(f"`loss` must return a mapping from name to tensor, got {found}.")
@@ -144,3 +145,8 @@ def require_losses(losses: object) -> None:
         if not isinstance(value, Tensor):
             found = type(value).__name__
             raise TypeError(f"`loss` must return tensors, got {found} for {name!r}.")
+        if isinstance(output, Mapping) and name in output:
+            raise ValueError(
+                "`loss` must return other names than the student's output "
+                f"{list(output)}, got {name!r}."
+            )

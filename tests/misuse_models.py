@@ -16,7 +16,6 @@ from misuse_kinds import (
     NO_FUNCTION,
     NO_LEVELS,
     NO_MODULE,
-    NO_NUMBER,
     NO_OPTION,
     NO_ORDER,
     NO_PATH,
@@ -244,6 +243,19 @@ def at_two_levels(**options: Any) -> Callable[[], Any]:
     return step(loss=BY_LEVEL, layers=paths, **options)
 
 
+class TakesTwo(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = TwoHeads(width).body
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.body(image) * mask
+
+
+TAKES_TWO = {
+    "student": nn.ModuleDict({"part": TakesTwo(3)}),
+    "teacher": nn.ModuleDict({"part": TakesTwo(2)}),
+}
 FROZEN = TwoHeads(3).requires_grad_(False)
 CONVERT = [
     Wrong("levels", {"c9": None}, ValueError, ("c9",)),
@@ -283,8 +295,16 @@ DISTILLER = Row(
             Wrong("path", ("body", "bodi"), ValueError, ("`shared_input`", "'body'")),
             Wrong("path", "twice", ValueError, ("`layers['c1']`", "'twice'", "'body'")),
         ],
+        "convert_input": FUNCTION,
+        "student_forward": FUNCTION,
         "teacher_forward": FUNCTION,
         "early_stop": FLAG,
+        "calls": [
+            *ALIAS_OPTIONS,
+            Wrong("no number", {"c1": 1.0}, TypeError, ("`calls['c1']`", "float")),
+            Wrong("number", {"c1": 0}, ValueError, ("`calls['c1']`", 0)),
+            Wrong("levels", {"c1": 2}, ValueError, ("levels of `loss`", "c1[1]")),
+        ],
         "convert": CONVERT,
     },
     {
@@ -295,8 +315,20 @@ DISTILLER = Row(
             "`shared_input`",
             "`teacher_forward`",
         ),
+        "convert_input without shared_input": refused(
+            "path", ValueError, partial(distiller, convert_input=print), "`shared_input`", "None"
+        ),
+        "a shared_input that takes two arguments": refused(
+            "path",
+            ValueError,
+            partial(distiller, layers={"c1": "part.body"}, shared_input="part", **TAKES_TWO),
+            "`shared_input`",
+            "'part'",
+            "image and mask",
+            "'part.body'",
+        ),
     },
-    NO_TENSOR | NO_NUMBER | NO_STRING | NO_ORDER | {"function's result"},
+    NO_TENSOR | NO_STRING | NO_ORDER | {"function's result"},
 )
 LEVEL = "student_features"
 
@@ -337,6 +369,30 @@ STEP = Row(
             step(teacher_forward=lambda teacher, image: None),
             "'body'",
             "got 0",
+        ),
+        "convert_input returns None": refused(
+            "function's result",
+            TypeError,
+            step(shared_input="body", convert_input=lambda image: None),
+            "`convert_input`",
+            "NoneType",
+        ),
+        "student_forward does not call the student": refused(
+            "function's result",
+            RuntimeError,
+            step(student_forward=lambda student, image: None),
+            "'body'",
+            "got 0",
+        ),
+        "a loss of the student's own name": refused(
+            "function's result",
+            ValueError,
+            step(
+                loss=Constant({"loss_box": torch.ones(())}),
+                student_forward=lambda student, image: {"loss_box": student(image).sum()},
+            ),
+            "`loss`",
+            "'loss_box'",
         ),
         "a frozen student": refused("order", RuntimeError, step(student=FROZEN), "'c1'", "frozen"),
         "the loss returns a tensor": returned(torch.ones(()), "Tensor"),

@@ -3,8 +3,13 @@
 import copy
 import io
 import pickle
+import re
 import threading
+from collections import OrderedDict, UserDict
+from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -32,7 +37,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from featkd import Distiller, FeatureTap, from_tokens
+from featkd import (
+    Distiller,
+    FeatureDistillationLoss,
+    FeatureTap,
+    Hyperparameters,
+    from_tokens,
+)
+from featkd.distiller.placement import home, placed
 from featkd.taps.early_stop import left_early
 
 
@@ -40,6 +52,10 @@ def make(student=4, teacher=6, **options):
     return Distiller(
         Net(student), Net(teacher), distillation_loss(student, teacher), LEVELS, **options
     )
+
+
+# One term alone, in figures that are near 1.
+TERM = Hyperparameters(alpha=0.0, beta=1.0, gamma=0.0, temperature=1.0, normalize=True)
 
 
 class Seen(nn.Module):
@@ -399,6 +415,483 @@ def test_with_neither_the_teacher_is_called_as_the_student_is():
     distiller(images(), scale=3)
     for given in inputs:
         close(given[0], 3 * images(), 0.0)
+
+
+def test_student_forward_and_teacher_forward_give_each_side_its_own():
+    student, teacher = Net(4), Net(6)
+    distiller = Distiller(
+        student,
+        teacher,
+        distillation_loss(),
+        LEVELS,
+        student_forward=lambda model, batch, view, *, scale: model(scale * batch),
+        teacher_forward=lambda model, batch, view, *, scale: model(view),
+    )
+    ours, theirs = Inputs(student), Inputs(teacher)
+    view = images(seed=1)
+    output, losses = distiller(images(), view, scale=3)
+    assert torch.equal(ours[0], 3 * images())
+    assert torch.equal(theirs[0], view)
+    close(output, copy.deepcopy(student)(3 * images()), 0.0)
+    report = distiller.report(images(), view, scale=3)
+    assert torch.equal(theirs[1], view)
+    assert {term.name: term.value for term in report.terms} == {
+        name: value.item() for name, value in losses.items()
+    }
+
+
+def test_student_forward_alone_leaves_the_teachers_call_as_it_is():
+    student, teacher = Net(4), HasTrunk(6)
+    layers = {"c1": ("backbone.c1", "trunk.c1"), "c2": ("backbone.c2", "trunk.c2")}
+    options = {"student_forward": lambda model, batch, scale: model(batch)}
+    distiller = Distiller(student, teacher, distillation_loss(), layers, **options)
+    theirs = Inputs(teacher.trunk)
+    distiller(images(), 3)
+    close(theirs[0], 3 * images(), 0.0)
+
+
+def test_student_forward_beside_a_shared_input():
+    distiller = make(shared_input="backbone", student_forward=lambda model, *args: model(args[1]))
+    theirs = Inputs(distiller.teacher.backbone)
+    distiller(None, images())
+    assert torch.equal(theirs[0], images())
+
+
+# --- the same normalisation -----------------------------------------------------------------------
+
+FLOAT, COUNTS = images().float(), torch.tensor([3, 4])
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class Normalized(Net):
+    """Says how it normalises, as torchvision's detectors do, and sees pictures in RGB and 0..1."""
+
+    def __init__(self, width, mean, std):
+        super().__init__(width)
+        self.transform = SimpleNamespace(image_mean=mean, image_std=std)
+
+    def sees(self, picture):
+        mean, std = (
+            torch.tensor(values, dtype=picture.dtype)[:, None, None]
+            for values in (self.transform.image_mean, self.transform.image_std)
+        )
+        return (picture - mean) / std
+
+
+class Preprocessed(Net):
+    """As mmdet's detectors do: pictures come in BGR and 0..255."""
+
+    def __init__(self, width, mean=None, std=None, *, rgb=False):
+        super().__init__(width)
+        self.data_preprocessor = preprocessor = nn.Module()
+        preprocessor._enable_normalize = mean is not None
+        preprocessor._channel_conversion = rgb
+        if mean is not None:
+            for name, values in (("mean", mean), ("std", std)):
+                preprocessor.register_buffer(name, torch.tensor(values).view(-1, 1, 1), False)
+
+    def sees(self, picture):
+        preprocessor, batch = self.data_preprocessor, 255 * picture.flip(1)
+        if preprocessor._channel_conversion:
+            batch = batch.flip(1)
+        return (
+            (batch - preprocessor.mean) / preprocessor.std
+            if preprocessor._enable_normalize
+            else batch
+        )
+
+
+MEANS = [123.675, 116.28, 103.53]
+NORMALIZED = {
+    "torchvision": lambda width: Normalized(width, *IMAGENET),
+    "ssdlite": lambda width: Normalized(width, [0.5] * 3, [0.5] * 3),
+    "ssd": lambda width: Normalized(width, (0.48235, 0.45882, 0.40784), (1 / 255,) * 3),
+    "mmdet": lambda width: Preprocessed(width, MEANS, [58.395, 57.12, 57.375], rgb=True),
+    "caffe": lambda width: Preprocessed(width, MEANS[::-1], [1.0] * 3),
+    "yolox": lambda width: Preprocessed(width),
+    "one number": lambda width: Preprocessed(width, [127.5], [127.5], rgb=True),
+}
+
+
+@pytest.mark.parametrize("ours", NORMALIZED)
+@pytest.mark.parametrize("theirs", NORMALIZED)
+def test_the_teacher_sees_the_picture_in_its_own_normalisation(ours, theirs):
+    student, teacher = NORMALIZED[ours](4), NORMALIZED[theirs](6)
+    distiller = Distiller(student, teacher, Seen(), LEVELS, shared_input="backbone")
+    seen = Inputs(teacher.backbone)
+    picture = images().sigmoid()
+    distiller(student.sees(picture))
+    if ours == theirs:
+        assert torch.equal(seen[0], student.sees(picture))
+    else:
+        close(seen[0], teacher.sees(picture), 1e-6)
+
+
+@pytest.mark.parametrize("ours", ["ssdlite", "ssd"])
+def test_a_detector_that_normalises_otherwise_gives_the_teacher_its_own_pixels(ours):
+    student, teacher = detector(ours).train(), detector("fasterrcnn")
+    layers = {"c3": ("backbone.features.0", "backbone.body.layer2")}
+    options = {
+        "shared_input": "backbone",
+        # Without its head, which takes seconds.
+        "student_forward": lambda model, batch: model.backbone(model.transform(batch)[0].tensors),
+    }
+    distiller = Distiller(student, teacher, Seen(), layers, **options)
+    seen = Inputs(teacher.backbone)
+    batch = detector_images()
+    # The student's pixels: resized, and not normalised.
+    resized = copy.deepcopy(student.transform)
+    resized.image_mean, resized.image_std = [0.0] * 3, [1.0] * 3
+    pixels, _ = resized(batch)
+    distiller(batch)
+    close(seen[0], torch.stack([teacher.transform.normalize(x) for x in pixels.tensors]), 1e-5)
+
+
+def test_the_conversion_is_computed_in_float32_for_a_teacher_of_16_bits():
+    student, teacher = NORMALIZED["ssd"](4).float(), NORMALIZED["torchvision"](6).bfloat16()
+    distiller = Distiller(student, teacher, Seen(), LEVELS, shared_input="backbone")
+    seen = Inputs(teacher.backbone)
+    picture = images().float().sigmoid()
+    distiller(student.sees(picture))
+    assert seen[0].dtype == torch.bfloat16
+    close(seen[0].float(), teacher.sees(picture), 2**-8)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, AveragedModel])
+def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
+    student, teacher = NORMALIZED["ssd"](4), NORMALIZED["torchvision"](6)
+    inner = "0" if wrap is nn.Sequential else "module"
+    layers = {level: (path, f"{inner}.{path}") for level, path in LEVELS.items()}
+    pair = ("backbone", f"{inner}.backbone")
+    made = Distiller(student, wrap(teacher), Seen(), layers, shared_input=pair)
+    distiller = copy.deepcopy(made)
+    seen = Inputs(distiller.teacher.get_submodule(pair[1]))
+    picture = images().sigmoid()
+    distiller(student.sees(picture))
+    close(seen[0], teacher.sees(picture))
+
+
+AS_IT_IS = {
+    "a deeper feature": ("ssd", "torchvision", "backbone.c2"),
+    "a student that says nothing": (None, "torchvision", "backbone"),
+    "a teacher that says nothing": ("ssd", None, "backbone"),
+    "more numbers than channels": ("rgbd", "torchvision", "backbone"),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "path"), AS_IT_IS.values(), ids=AS_IT_IS)
+def test_what_is_no_image_or_of_unknown_normalisation_is_shared_as_it_is(ours, theirs, path):
+    kinds = NORMALIZED | {None: Net, "rgbd": lambda width: Normalized(width, [0.5] * 4, [0.5] * 4)}
+    student, teacher = kinds[ours](4), kinds[theirs](4)
+    distiller = Distiller(student, teacher, Seen(), {"c2": "backbone.c2"}, shared_input=path)
+    inputs = Inputs(student.get_submodule(path)), Inputs(teacher.get_submodule(path))
+    distiller(images())
+    assert torch.equal(*(seen[0] for seen in inputs))
+
+
+@pytest.mark.parametrize("ours", ["torchvision", "ssd"])
+def test_convert_input_replaces_the_conversion(ours):
+    student, teacher = NORMALIZED[ours](4), NORMALIZED["torchvision"](6)
+    options = {"shared_input": "backbone", "convert_input": lambda shared: 2 * shared}
+    distiller = Distiller(student, teacher, Seen(), LEVELS, **options)
+    seen = Inputs(teacher.backbone)
+    distiller(images())
+    assert torch.equal(seen[0], 2 * images())
+
+
+def test_one_batch_for_two_data_preprocessors_is_an_error():
+    student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["caffe"](6)
+    raises(ValueError, lambda: build(student, teacher), "`shared_input`", "`teacher_forward`")
+    build(student, NORMALIZED["mmdet"](6))
+    build(student, teacher, shared_input="backbone")
+    build(student, teacher, teacher_forward=call_teacher)
+
+
+@pytest.mark.one_graph
+def test_conversion_calls_and_dtypes_compile_to_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    sides = {
+        "student_forward": lambda model, batch, view: model(batch[0]),
+        "teacher_forward": lambda model, batch, view: model(view["pixels"]),
+    }
+    student, teacher = NORMALIZED["ssd"](4).float(), NORMALIZED["torchvision"](6)
+    made = [
+        Distiller(student, teacher, distillation_loss().float(), LEVELS, shared_input="backbone"),
+        Distiller(student, teacher, distillation_loss().float(), LEVELS, **sides),
+    ]
+    for distiller, batch in zip(made, [(FLOAT,), ([FLOAT], {"pixels": FLOAT})], strict=True):
+        _, expected = distiller(*batch)
+        _, losses = torch.compile(distiller, fullgraph=True, backend=counter)(*batch)
+        for name, value in losses.items():
+            close(value, expected[name], 1e-6)
+    assert counter.frame_count == len(made)
+
+
+# --- a teacher in another dtype -------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    pixels: torch.Tensor
+    sizes: torch.Tensor
+
+
+class Keeps(Net):
+    """Keeps what it was called with, and takes the batch out of it."""
+
+    def forward(self, first, **options):
+        self.seen = first, options
+        batch = first
+        while not isinstance(batch, torch.Tensor):
+            batch = batch["pixels"] if isinstance(batch, Mapping) else batch[0]
+        return super().forward(batch)
+
+
+STRUCTURES = {
+    "a tensor": FLOAT,
+    "a list": [FLOAT, COUNTS],
+    "a tuple": (FLOAT, None),
+    "a named tuple": Batch(FLOAT, COUNTS),
+    "a dictionary": {"pixels": FLOAT, "sizes": COUNTS},
+    "an ordered one": OrderedDict(pixels=FLOAT, sizes=COUNTS),
+    "another mapping": UserDict(pixels=FLOAT, sizes=COUNTS),
+    "nested": [{"pixels": (FLOAT,), "sizes": [COUNTS]}],
+}
+
+
+def equal_structure(ours, expected):
+    """Of the same kinds, and with floating-point tensors in float64."""
+    assert type(ours) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(ours, expected.double() if expected.is_floating_point() else expected)
+    elif isinstance(expected, Mapping):
+        assert list(ours) == list(expected)
+        equal_structure(list(ours.values()), list(expected.values()))
+    elif isinstance(expected, list | tuple):
+        for pair in zip(ours, expected, strict=True):
+            equal_structure(*pair)
+    else:
+        assert ours is expected
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_the_teachers_arguments_come_in_its_dtype(structure, early_stop):
+    student, teacher = Keeps(4).float(), Keeps(6)
+    distiller = Distiller(student, teacher, Seen(), LEVELS, early_stop=early_stop)
+    tag = object()
+    distiller(structure, scale=FLOAT, tag=tag)
+    first, options = student.seen
+    assert first is structure
+    assert options["scale"] is FLOAT
+    first, options = teacher.seen
+    equal_structure(first, structure)
+    assert options["scale"].dtype == torch.float64
+    assert options["tag"] is tag
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_arguments_that_fit_are_handed_on_as_they_are(structure):
+    student, teacher = Keeps(4).float(), Keeps(6).float()
+    Distiller(student, teacher, Seen(), LEVELS)(structure)
+    assert teacher.seen[0] is structure
+
+
+def test_the_arguments_of_teacher_forward_come_in_the_teachers_dtype():
+    distiller = Distiller(
+        Net(4).float(), Net(6), Seen(), LEVELS, teacher_forward=lambda model, batch: model(batch)
+    )
+    distiller(FLOAT)
+    assert distiller.loss.teacher["c1"].dtype == torch.float64
+
+
+class Casts(Net):
+    def forward(self, batch):
+        self.seen = batch
+        return super().forward(batch.double())
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float8_e5m2, None])
+def test_a_teacher_of_several_dtypes_or_none_takes_its_arguments_as_they_are(other):
+    teacher = Casts(6)
+    if other is None:
+        teacher = Bare()
+    else:
+        teacher.other = nn.Parameter(torch.zeros(1, dtype=torch.float32).to(other), False)
+    layers = LEVELS if other else {"c1": ("backbone.c1", "")}
+    distiller = Distiller(Net(4).float(), teacher, Seen(), layers)
+    distiller(FLOAT)
+    # Weights of 8 bits are stored so, and nothing is computed in them.
+    assert teacher.seen.dtype == (torch.float64 if other == torch.float8_e5m2 else torch.float32)
+
+
+class Bare(nn.Module):
+    """A teacher without weights."""
+
+    def forward(self, batch):
+        self.seen = batch
+        return batch
+
+
+def test_several_devices_are_none_and_offloaded_weights_are_nowhere():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert home(model) == (cpu, torch.float32)
+    model[0].to(meta)
+    assert home(model) == (cpu, torch.float32)
+    model.to(meta)
+    assert home(model) == (None, torch.float32)
+    assert home(nn.Identity()) == (None, None)
+
+
+def test_arguments_of_any_dtype_are_moved():
+    batch = [FLOAT, COUNTS, "text"]
+    moved = placed(batch, torch.device("meta"), None)
+    assert [value.device.type for value in moved[:2]] == ["meta", "meta"]
+    assert [value.dtype for value in moved[:2]] == [torch.float32, torch.int64]
+    assert moved[2] == "text"
+
+
+def test_a_shared_tensor_of_integers_stays_one():
+    class Embeds(Net):
+        def __init__(self, width):
+            super().__init__(width)
+            self.backbone = nn.Sequential(nn.Embedding(3, 3), AsChannelsFirst(), *self.backbone)
+            self.double()
+
+    layers = {"c1": "backbone.2"}
+    distiller = Distiller(Embeds(4), Embeds(6).float(), Seen(), layers, shared_input="backbone")
+    distiller(torch.zeros(2, 8, 8, dtype=torch.long))
+    assert distiller.loss.teacher["c1"].dtype == torch.float32
+
+
+class AsChannelsFirst(nn.Module):
+    def forward(self, maps):
+        return maps.movedim(-1, 1)
+
+
+# --- modules that run several times ---------------------------------------------------------------
+
+
+def test_the_towers_of_retinanet_are_levels_each():
+    student, teacher = detector("retinanet").train(), detector("retinanet")
+    path = "head.classification_head.conv"
+    build_it = partial(Distiller, student, teacher, Seen(), {"tower": path})
+    with pytest.raises(RuntimeError, match=re.escape("calls={'tower': 5}")):
+        build_it()(detector_images(), detector_targets())
+    levels = [f"tower[{index}]" for index in range(5)]
+    channels = dict.fromkeys(levels, 256)
+    loss = FeatureDistillationLoss(channels, channels, hyperparameters=TERM)
+    distiller = Distiller(student, teacher, loss, {"tower": path}, calls={"tower": 5})
+    batch = detector_images(), detector_targets()
+    runs = [list_outputs(model.get_submodule(path)) for model in (student, teacher)]
+    _, losses = distiller(*batch)
+    expected = loss(*(dict(zip(levels, run, strict=True)) for run in runs))
+    close(losses["attention_masked"], expected["attention_masked"])
+    report = distiller.report(*batch)
+    assert [level.name for level in report.levels] == levels
+    assert {level.teacher_path for level in report.levels} == {path}
+    assert copy.deepcopy(distiller)(*batch)[1].keys() == losses.keys()
+
+
+def list_outputs(module):
+    """What a module puts out, call by call."""
+    found = []
+    module.register_forward_hook(lambda module, args, output: found.append(output.clone()))
+    return found
+
+
+def test_the_conversion_of_a_level_is_that_of_each_call():
+    halves = {"c1": (lambda maps: maps / 2, None)}
+    distiller = Distiller(
+        RunsTwice(4), RunsTwice(6), Seen(), {"c1": "backbone.c1"}, calls={"c1": 2}, convert=halves
+    )
+    runs = list_outputs(distiller.student.backbone.c1)
+    distiller(images())
+    assert distiller.loss.student.keys() == distiller.loss.teacher.keys() == {"c1[0]", "c1[1]"}
+    for index in range(2):
+        assert torch.equal(distiller.loss.student[f"c1[{index}]"], runs[index] / 2)
+
+
+# --- advice that works ----------------------------------------------------------------------------
+
+
+def test_models_that_resize_images_are_sent_to_shared_input():
+    student, teacher = detector("ssdlite").train(), detector("mobilenet")
+    channels = {"c3": 40}, {"c3": 40}
+    layers = {"c3": ("backbone.features.0.6", "backbone.body.6")}
+    loss = FeatureDistillationLoss(*channels, hyperparameters=TERM)
+    batch = detector_images(), detector_targets()
+    raises(ValueError, lambda: Distiller(student, teacher, loss, layers)(*batch), "`shared_input`")
+    distiller = Distiller(student, teacher, loss, layers, shared_input="backbone")
+    assert distiller(*batch)[1]["attention_masked"] > 0
+
+
+class Masked(Net):
+    """Its backbone takes a mask that can be left out."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.backbone = MaskedBackbone(self.backbone)
+
+    def forward(self, batch):
+        return self.head(self.backbone(batch, torch.ones(1)))
+
+
+class MaskedBackbone(nn.Module):
+    def __init__(self, stages):
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, batch, mask=None):
+        return self.stages(batch)
+
+
+def test_the_advice_for_one_of_several_inputs_works():
+    student, teacher = Masked(4), Masked(6)
+    make_it = partial(Distiller, student, teacher, Seen(), {"c1": "backbone.stages.c1"})
+    with pytest.raises(ValueError, match=re.escape("such as 'backbone:input[KEY]'")):
+        make_it(shared_input="backbone")(images())
+    theirs = Inputs(teacher.backbone)
+    make_it(shared_input="backbone:input[0]")(images())
+    assert torch.equal(theirs[0], images())
+
+
+@pytest.mark.model_zoo
+@pytest.mark.parametrize("build_model", [detr, rt_detr])
+def test_the_advice_for_a_part_that_takes_two_arguments_works(build_model):
+    student, teacher = (build_model(8, 8, 16, 16).requires_grad_(True) for _ in range(2))
+    make_it = partial(Distiller, student, teacher, Seen(), HF_STAGES)
+    with pytest.raises(ValueError, match="pixel_values and pixel_mask") as caught:
+        make_it(shared_input="model.backbone")
+    advice = re.search("try '(.*)'", str(caught.value))[1]
+    distiller = make_it(shared_input=advice)
+    distiller(*pixels)
+    assert distiller.loss.teacher.keys() == HF_STAGES.keys()
+
+
+# --- names of losses ------------------------------------------------------------------------------
+
+
+class Detects(Net):
+    def forward(self, batch):
+        return {"loss_box": super().forward(batch).square().mean()}
+
+
+class Names(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, student, teacher):
+        return {self.name: student["c1"].mean()}
+
+
+def test_a_loss_of_the_detectors_own_name_is_an_error():
+    distiller = Distiller(Detects(4), Net(6), Names("loss_box"), LEVELS)
+    raises(ValueError, lambda: distiller(images()), "'loss_box'")
+    raises(ValueError, lambda: distiller.report(images()), "'loss_box'")
+    output, losses = Distiller(Detects(4), Net(6), Names("loss_kd"), LEVELS)(images())
+    assert (output | losses).keys() == {"loss_box", "loss_kd"}
 
 
 # --- a teacher that is left early -----------------------------------------------------------------
@@ -971,6 +1464,14 @@ def test_a_teacher_that_holds_the_student_or_a_part_of_it_is_an_error(path):
 def test_a_teacher_that_the_loss_trains_is_an_error():
     with pytest.raises(ValueError, match="`teacher` must share no weights with `loss`"):
         sharing(loss="attention_masked")
+
+
+def test_a_student_that_fsdp_wraps_alone_is_an_error():
+    student = nn.Module()
+    student._fsdp_wrapped_module = Net(4)
+    with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
+        build(student, loss=distillation_loss())
+    build(student)
 
 
 def test_a_shared_buffer_is_an_error():

@@ -1,5 +1,6 @@
 """Two gloo processes, each with its share of the images, train as one process with all of them."""
 
+import copy
 import runpy
 import shutil
 import sys
@@ -170,6 +171,8 @@ def run(rank, folder):
             for name in MODELS
         },
         "after the other rank's last batch": after_the_other_ranks_last_batch(),
+        "after the end of distillation": after_the_end_of_distillation(),
+        "student wrapped alone": student_wrapped_alone(),
         "communicated": communicated(),
         "saves": train_until_the_first_checkpoint(folder / "ddp-two.pt"),
         "resumed by ddp": train_on(folder / "ddp-one.pt"),
@@ -188,6 +191,39 @@ def after_the_other_ranks_last_batch():
             model.zero_grad()
             net_backward(model, images(2, seed=seed))
     return gradients(model)
+
+
+def after_the_end_of_distillation():
+    """The student's gradients of a step of its own, and what an optimizer does to the adapters."""
+    model = ddp(net())
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    net_step(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    distiller = model.module
+    before = copy.deepcopy(distiller.loss.state_dict())
+    del model
+    student = ddp(distiller.student)
+    rank, ranks = training.world()
+    student(images(4).chunk(ranks)[rank]).square().mean().backward()
+    optimizer.step()
+    after = distiller.loss.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    return gradients(student)
+
+
+def student_wrapped_alone():
+    """The error's text; none where the loss has nothing to train, or is wrapped too."""
+    plain = net()
+    parts = ddp(plain.student), plain.teacher
+    with pytest.raises(ValueError, match="`student` must not be wrapped by itself") as caught:
+        Distiller(*parts, plain.loss, LEVELS)
+    Distiller(*parts, ddp(plain.loss), LEVELS)
+    Distiller(*parts, nn.Identity(), LEVELS)
+    plain.student.backbone = ddp(plain.student.backbone)
+    with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
+        Distiller(plain.student, plain.teacher, plain.loss, LEVELS)
+    return str(caught.value)
 
 
 def communicated():
@@ -302,6 +338,22 @@ def test_a_rank_without_a_last_batch_neither_hangs_nor_counts(found):
     net_backward(model, images(2, seed=WORLD - 1))
     alone = {name: gradient / WORLD for name, gradient in gradients(model).items()}
     equal(found[0]["after the other rank's last batch"], alone)
+
+
+def test_after_distillation_the_student_in_a_wrapper_of_its_own_averages_its_gradients(found):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    net_step(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.student(images(4)).square().mean().backward()
+    for rank in found:
+        equal(rank["after the end of distillation"], gradients(model.student))
+
+
+def test_a_student_that_is_wrapped_alone_is_an_error(found):
+    for rank in found:
+        assert "got DistributedDataParallel: wrap the distiller" in rank["student wrapped alone"]
 
 
 def test_checkpoints_are_written_by_one_rank_alone(found):

@@ -1,21 +1,30 @@
 """The examples of a distiller in other people's training code, run as a person starts them."""
 
+import copy
 import importlib
 import io
 import math
 import re
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from models import LEVELS, Net, distillation_loss, images
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from zoo import HGNET_C3_TO_C5, HYBRID, RESNET_C3_TO_C5, TRANSFORMER, WIDTHS, hf
 
 import featkd
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+from scenes import CLASSES  # noqa: E402
+
 STEPS = 3
 # What each is started with beside the steps, and the checkpoint that it leaves.
 CHECKPOINTS = {
@@ -177,6 +186,102 @@ def test_the_saved_student_of_the_hf_trainer_loads_as_any_rt_detr(tmp_path: Path
     run = start("hf_trainer", tmp_path, "--steps", "1", "--output", "hf")
     student = RTDetrForObjectDetection.from_pretrained(tmp_path / "hf/student")
     assert differences(student.state_dict(), run.end.student.state_dict()) == set()
+
+
+def student_and_teacher(kind: str) -> tuple[nn.Module, nn.Module]:
+    """Detectors some of whose weights have two names, on the example's scenes."""
+    classes = {"num_labels": len(CLASSES)}
+    kinds = {
+        "d_fine": ("DFine", HYBRID | classes, "HGNetV2", HGNET_C3_TO_C5),
+        "rt_detr_v2": ("RTDetrV2", HYBRID | classes, "RTDetrResNet", RESNET_C3_TO_C5),
+        "deformable_detr": (
+            "DeformableDetr",
+            TRANSFORMER | classes | {"with_box_refine": True},
+            "ResNet",
+            RESNET_C3_TO_C5,
+        ),
+    }
+    *names, of_backbone = kinds[kind]
+    return hf(*names, **of_backbone), hf(*names, **of_backbone)
+
+
+def with_models(monkeypatch: pytest.MonkeyPatch, kind: str) -> Any:
+    """The example of the HF Trainer, with these models."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("hf_trainer")
+
+    def build_distiller() -> featkd.Distiller:
+        torch.manual_seed(0)
+        stages = "model.backbone.model.encoder.stages.{}"
+        layers = {"c3": stages.format(1), "c4": stages.format(2)}
+        channels = {"c3": WIDTHS[1], "c4": WIDTHS[2]}
+        loss = featkd.FeatureDistillationLoss(channels, channels, hyperparameters=featkd.NORMALIZED)
+        return example.Distiller(
+            *student_and_teacher(kind), loss, layers, shared_input="model.backbone.model"
+        )
+
+    monkeypatch.setattr(example, "build_distiller", build_distiller)
+    return example
+
+
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr_v2"])
+def test_the_hf_trainer_saves_and_resumes_a_student_with_tied_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = with_models(monkeypatch, kind).transformers.trainer
+    first = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf")
+    state, saved = first.end.state_dict(), load_file(tmp_path / "hf/checkpoint-2/model.safetensors")
+    tied = state.keys() - saved.keys()
+    assert tied
+    assert differences(saved, state) == tied
+    said: list[str] = []
+    monkeypatch.setattr(trainer.logger, "warning", said.append)
+    resume = ["--resume", str(tmp_path / "hf/checkpoint-2")]
+    second = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf", *resume)
+    assert differences(second.end.state_dict(), state) == set()
+    assert second.teacher_calls == 0
+    assert not any("keys" in text for text in said)
+    weights = dict(second.end.named_parameters(remove_duplicate=False))
+    assert {name for name in tied if name in weights} == tied
+    assert tied.isdisjoint(dict(second.end.named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_hf_trainer_checkpoints_the_students_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = with_models(monkeypatch, "deformable_detr").transformers
+    plain = start("hf_trainer", tmp_path, "--steps", "2", "--output", "plain")
+    arguments = partial(transformers.TrainingArguments, gradient_checkpointing=True)
+    monkeypatch.setattr(transformers, "TrainingArguments", arguments)
+    run = start("hf_trainer", tmp_path, "--steps", "2", "--output", "hf")
+    on = [getattr(module, "gradient_checkpointing", False) for module in run.end.student.modules()]
+    assert any(on)
+    for ours, expected in zip(
+        printed_losses(run.output), printed_losses(plain.output), strict=True
+    ):
+        assert ours == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_an_offloaded_teacher_gives_what_it_gives_at_home(
+    shared_input: str | None, early_stop: bool
+) -> None:
+    from accelerate import cpu_offload
+
+    options = {"shared_input": shared_input, "early_stop": early_stop}
+    plain = featkd.Distiller(Net(4), Net(6), distillation_loss(), LEVELS, **options)
+    student, teacher, loss = copy.deepcopy((plain.student, plain.teacher, plain.loss))
+    cpu_offload(teacher, execution_device=torch.device("cpu"))
+    distiller = featkd.Distiller(student, teacher, loss, LEVELS, **options)
+    for _ in range(2):
+        assert all(value.is_meta for value in teacher.parameters())
+        expected, losses = plain(images())[1], distiller(images())[1]
+        for name, value in losses.items():
+            assert torch.equal(value, expected[name])
+    terms = distiller.report(images()).terms
+    assert {term.name: term.value for term in terms} == {k: v.item() for k, v in losses.items()}
 
 
 def test_the_torchvision_script_trains_under_amp(tmp_path: Path) -> None:

@@ -81,7 +81,10 @@ OVERALL = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.NORMALI
 RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
 NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
 CONVERT = partial(converts_by_side, levels=["c1"])
-RESIZED = "or be resized to them by the loss's argument `resize`"
+OTHER_SIZE = (
+    "got (2, 3, 8, 8): for other strides take the loss's `resize`, for models that resize images "
+    "the distiller's `shared_input`."
+)
 
 
 def masked(**masks):
@@ -138,8 +141,8 @@ TEXTS = {
     "`student_channels` must be an integer, got str.": lambda: NON_LOCAL("3", 3),
     "`student_channels` must be at least 1, got 0.": lambda: OVERALL(0, 3),
     "`teacher_channels` must be below 2**31, got 2147483648.": lambda: OVERALL(3, 2**31),
-    "`loss` must return a mapping from name to tensor, got list.": lambda: require_losses([]),
-    "`loss` must return tensors, got float for 'l'.": lambda: require_losses({"l": 1.0}),
+    "`loss` must return a mapping from name to tensor, got list.": lambda: require_losses([], None),
+    "`loss` must return tensors, got float for 'l'.": lambda: require_losses({"l": 1.0}, None),
     # functions
     "`spatial_adapter` must be callable or None, got str.": (
         lambda: transfer(spatial_adapter="conv")
@@ -222,8 +225,9 @@ TEXTS = {
     "`student` must have the shape (B, 3, H, W), got (2, 7, 4, 5).": (
         lambda: TRANSFER(OTHER_CHANNELS, MAP)
     ),
-    f"`student` must have the height and width of `teacher` (2, 3, 4, 5), {RESIZED}, "
-    "got (2, 3, 8, 8).": lambda: TRANSFER(LARGE, MAP),
+    f"`student` must have the height and width of `teacher` (2, 3, 4, 5), {OTHER_SIZE}": (
+        lambda: TRANSFER(LARGE, MAP)
+    ),
     "`student` must be on the device of `loss` meta, got cpu.": (
         lambda: copy.deepcopy(MASKED).to("meta")(MAP, MAP)
     ),
@@ -285,7 +289,7 @@ TEXTS = {
         lambda: at_level(OTHER_CHANNELS)
     ),
     f"`student_features['c1']` must have the height and width of `teacher_features['c1']` "
-    f"(2, 3, 4, 5), {RESIZED}, got (2, 3, 8, 8).": lambda: at_level(LARGE),
+    f"(2, 3, 4, 5), {OTHER_SIZE}": lambda: at_level(LARGE),
     "`student_features['c1']` must have the batch, height and width of `teacher_features['c1']` "
     "(2, 3, 4, 5), got (1, 3, 4, 5).": lambda: at_level(MAP[:1]),
     "`student_features` must have the batch, height and width of `teacher_features` "

@@ -32,6 +32,9 @@ def train(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> 
         loss,
         {"c3": "backbone.layer2", "c4": ("backbone.layer3", "backbone.2")},
         shared_input="backbone",
+        convert_input=torch.neg,
+        student_forward=lambda model, batch: model(batch),
+        calls={"c3": 1},
         convert={"c4": (None, partial(featkd.from_tokens, size=(4, 6), prefix=1))},
     )
     optimizer = torch.optim.AdamW(distiller.parameters())

@@ -98,8 +98,8 @@ def admit(
         if resize is None:
             raise ValueError(
                 f"`{names[0]}` must have the height and width of `{names[1]}` "
-                f"{tuple(teacher.shape)}, or be resized to them by the loss's argument `resize`, "
-                f"got {tuple(student.shape)}."
+                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: for other strides take the "
+                "loss's `resize`, for models that resize images the distiller's `shared_input`."
             )
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)

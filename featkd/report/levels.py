@@ -23,8 +23,8 @@ class Step(NamedTuple):
     teacher: dict[str, Tensor]
     inputs: Any
     """What the student got; the tensor that it shares with the teacher where there is one."""
-    paths: tuple[Mapping[str, str], Mapping[str, str]]
-    """From level to path, of the student and of the teacher."""
+    paths: Mapping[str, tuple[str, str]]
+    """From level to the student's path and the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def level_reports(
         levels.append(
             LevelReport(
                 name=level,
-                student_path=step.paths[0][level],
-                teacher_path=step.paths[1][level],
+                student_path=step.paths[level][0],
+                teacher_path=step.paths[level][1],
                 student_shape=tuple(ours.shape),
                 teacher_shape=tuple(theirs.shape),
                 student_stride=_stride(ours, image),

@@ -39,6 +39,26 @@ def require_apart(name: str, module: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(f"`teacher` must share no weights with `{name}`, got {found}.")
 
 
+def require_synchronised(student: nn.Module, loss: nn.Module) -> None:
+    """What averages the student's gradients over the processes averages the loss's too."""
+    wrapper = next(filter(_averages_gradients, student.modules()), None)
+    averaged = {
+        id(value) for m in loss.modules() if _averages_gradients(m) for value in m.parameters()
+    }
+    left_out = [v for v in loss.parameters() if v.requires_grad and id(v) not in averaged]
+    if wrapper is not None and left_out:
+        found = type(wrapper).__name__
+        raise ValueError(
+            "`student` must not be wrapped by itself, as the parameters of `loss` would differ "
+            f"from process to process, got {found}: wrap the distiller, `{found}(Distiller(...))`."
+        )
+
+
+def _averages_gradients(module: nn.Module) -> bool:
+    wraps = isinstance(module, nn.parallel.DistributedDataParallel)
+    return wraps or "_fsdp_wrapped_module" in module._modules
+
+
 def innermost(model: nn.Module) -> nn.Module:
     """The model itself, out of all its wrappers."""
     require_module("model", model)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import require_callable, require_flag, require_losses
-from .losses.overall import FeatureDistillationLoss
-from .report.levels import Step
-from .report.preserve import preserved
-from .report.report import Report, introduce, make_report
-from .taps.early_stop import left_early
-from .taps.layouts import Convert, converts_by_side
-from .taps.paths import pair_of, require_apart, require_module, resolve
-from .taps.tap import FeatureTap
+from .._checks import require_callable, require_flag, require_losses
+from ..losses.overall import FeatureDistillationLoss
+from ..report.levels import Step
+from ..report.preserve import preserved
+from ..report.report import Report, introduce, make_report
+from ..taps.layouts import Convert, converts_by_side
+from ..taps.paths import pair_of, require_apart, require_module, require_synchronised
+from ..taps.tap import FeatureTap
+from .normalization import require_one_normalization
+from .placement import home, placed
+from .shared_input import SharedInput
+from .teacher import teacher_features
 
 
 class Distiller(nn.Module):
@@ -40,12 +45,18 @@ class Distiller(nn.Module):
             tensor that enters the student's is given to the teacher's, and nothing else of the
             teacher runs. Detectors that resize inside the model need this (`"backbone"` for
             torchvision's): called with the same images, the teacher would see other pixels.
-        teacher_forward: `teacher_forward(teacher, *args, **kwargs)` replaces the teacher's call.
-            With neither, the teacher is called as the student is.
+        convert_input: a function from that tensor to the one that the teacher is given. `None`:
+            images go from the student's normalisation to the teacher's, padding like any pixel,
+            where both models state theirs (torchvision's and mmdet's detectors; read once, here).
+        student_forward: `student_forward(student, *args, **kwargs)` replaces the student's call.
+        teacher_forward: the same of the teacher. By default both are called with all arguments; the
+            teacher's come on its device and, where floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
             seam: what lies behind the last tap does not run, hooks and the model's own counters
             included (not for a sharded teacher), and a tapped module that would run a second time
             there is not noticed. Compiled code is not left before its end.
+        calls: from level to how often its module runs in one forward of either model, where that is
+            not once. The loss's levels are then `level[0]`, `level[1]`, ...
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
             captured, or to a (student's, teacher's) pair of functions, `None` for what is one:
             `{"c4": (None, featkd.PatchTokens(14, prefix=5))}` for a vision transformer's tokens.
@@ -55,7 +66,8 @@ class Distiller(nn.Module):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: a path is unknown, or levels do not fit the loss.
+        ValueError: a path is unknown, levels do not fit the loss, or a loss has a name of the
+            student's own.
         RuntimeError: in a forward a tapped module did not run once, see
             :meth:`featkd.FeatureTap.pop`.
 
@@ -80,8 +92,11 @@ class Distiller(nn.Module):
         layers: Mapping[str, str | tuple[str, str]],
         *,
         shared_input: str | tuple[str, str] | None = None,
+        convert_input: Callable[[Tensor], Tensor] | None = None,
+        student_forward: Callable[..., object] | None = None,
         teacher_forward: Callable[..., object] | None = None,
         early_stop: bool = False,
+        calls: Mapping[str, int] | None = None,
         convert: Mapping[str, Convert | tuple[Convert | None, Convert | None]] | None = None,
     ) -> None:
         super().__init__()
@@ -89,9 +104,12 @@ class Distiller(nn.Module):
             require_module(name, module)
         require_apart("student", student, teacher)
         require_apart("loss", loss, teacher)
+        require_synchronised(student, loss)
         if not isinstance(layers, Mapping):
             found = type(layers).__name__
             raise TypeError(f"`layers` must be a mapping from level to path, got {found}.")
+        require_callable("convert_input", convert_input)
+        require_callable("student_forward", student_forward)
         require_callable("teacher_forward", teacher_forward)
         require_flag("early_stop", early_stop)
         if shared_input is not None and teacher_forward is not None:
@@ -99,48 +117,44 @@ class Distiller(nn.Module):
                 "`shared_input` must be None where `teacher_forward` is given, "
                 f"got {shared_input!r}."
             )
+        if shared_input is None and convert_input is not None:
+            raise ValueError("`shared_input` must be given beside `convert_input`, got None.")
         pairs = {level: pair_of(f"layers[{level!r}]", path) for level, path in layers.items()}
-        if isinstance(loss, FeatureDistillationLoss):
-            fits = len(pairs) == 1 if loss.single else set(pairs) == set(loss.levels)
-            if not fits:
-                levels = list(loss.levels)
-                raise ValueError(
-                    f"`layers` must have the levels of `loss` {levels}, got {list(pairs)}."
-                )
-        self.student = student
-        self.loss = loss
-        # A tuple keeps the teacher, and the part that runs, out of parameters(), state_dict(),
-        # train() and to().
-        self._teacher = (teacher, teacher)
-        self.teacher_forward = teacher_forward
-        self.early_stop = early_stop
-        self._introduced = False
         converts = converts_by_side(convert, pairs)
         self._student_tap, self._teacher_tap = (
             FeatureTap(
                 model,
                 {level: pair[side] for level, pair in pairs.items()},
+                calls=calls,
                 convert=converts[side],
             )
             for side, model in enumerate((student, teacher))
         )
-        self._input_tap: FeatureTap | None = None
-        self.shared_input: tuple[str, str] | None = None
-        if shared_input is not None:
-            self.shared_input = pair_of("shared_input", shared_input)
-            source, target = self.shared_input
-            resolve(student, source, "shared_input")
-            self._input_tap = FeatureTap(student, {"shared_input": f"{source}:input"})
-            part, _, _ = resolve(teacher, target, "shared_input")
-            self._teacher = (teacher, part)
-            within = set(part.modules())
-            for level, (_, path) in pairs.items():
-                name = f"layers[{level!r}]"
-                if resolve(teacher, path, name)[0] not in within:
-                    raise ValueError(
-                        f"`{name}` must lie within the teacher's {target!r}, which "
-                        f"`shared_input` runs, got {path!r}."
-                    )
+        # Of each level that the loss gets.
+        self._paths = {
+            level if count == 1 else f"{level}[{index}]": pairs[level]
+            for level, count in self._student_tap.calls.items()
+            for index in range(count)
+        }
+        if isinstance(loss, FeatureDistillationLoss):
+            found = list(self._paths)
+            if len(found) != 1 if loss.single else set(found) != set(loss.levels):
+                levels = list(loss.levels)
+                raise ValueError(f"`layers` must have the levels of `loss` {levels}, got {found}.")
+        self.student = student
+        self.loss = loss
+        # A tuple keeps the teacher out of parameters(), state_dict(), train() and to().
+        self._teacher = (teacher,)
+        self.shared_input = None if shared_input is None else pair_of("shared_input", shared_input)
+        self.student_forward = student_forward
+        self.teacher_forward = teacher_forward
+        self.early_stop = early_stop
+        self._introduced = False
+        self._shared: SharedInput | None = None
+        if self.shared_input is not None:
+            self._shared = SharedInput(student, teacher, self.shared_input, pairs, convert_input)
+        elif student_forward is None and teacher_forward is None:
+            require_one_normalization(student, teacher)
 
     @property
     def teacher(self) -> nn.Module:
@@ -204,63 +218,37 @@ class Distiller(nn.Module):
             return make_report(self._step(args, kwargs), self.student, self.loss, optimizer)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        shared = None
-        if self._input_tap is None:
-            with self._student_tap:
-                output = self.student(*args, **kwargs)
-        else:
-            with self._student_tap, self._input_tap:
-                output = self.student(*args, **kwargs)
-            shared = self._input_tap.pop()["shared_input"]
-        student_features = self._student_tap.pop()
-        for level, features in student_features.items():
+        input_tap = nullcontext() if self._shared is None else self._shared.tap
+        with self._student_tap, input_tap:
+            output = (self.student_forward or _call)(self.student, *args, **kwargs)
+        shared = None if self._shared is None else self._shared.pop()
+        ours = self._student_tap.pop()
+        for level, features in ours.items():
             if torch.is_grad_enabled() and not features.requires_grad:
                 raise RuntimeError(
                     f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
                     "unfreeze it, or leave this level out of `layers` and `loss`."
                 )
-        teacher_features = self._teacher_features(args, kwargs, shared)
-        for level, features in teacher_features.items():
-            if features.is_meta and not student_features[level].is_meta:
-                raise ValueError(
-                    f"`layers[{level!r}]` must have values in the teacher, got the meta device."
-                )
-            teacher_features[level] = features.to(student_features[level].device)
+        call = partial(self._call_teacher, args, kwargs, shared)
+        theirs = teacher_features(self._teacher_tap, call, self.early_stop, ours)
         if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:
-            (level,) = student_features
-            losses = self.loss(student_features[level], teacher_features[level])
+            (level,) = ours
+            losses = self.loss(ours[level], theirs[level])
         else:
-            losses = self.loss(student_features, teacher_features)
-        require_losses(losses)
+            losses = self.loss(ours, theirs)
+        require_losses(losses, output)
         inputs = (args, kwargs) if shared is None else shared
-        paths = self._student_tap.layers, self._teacher_tap.layers
-        return Step(output, losses, student_features, teacher_features, inputs, paths)
-
-    @torch.no_grad()
-    def _teacher_features(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = self.teacher
-        if any(module.training for module in teacher.modules()):
-            teacher.eval()
-        with self._teacher_tap:
-            # Raising inside a compiled graph would break it.
-            if self.early_stop and not torch.compiler.is_compiling():
-                with left_early(self._teacher_tap):
-                    self._call_teacher(args, kwargs, shared)
-            else:
-                self._call_teacher(args, kwargs, shared)
-        return self._teacher_tap.pop()
+        return Step(output, losses, ours, theirs, inputs, self._paths)
 
     def _call_teacher(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None
     ) -> None:
-        teacher, part = self._teacher
-        if shared is not None:
-            weights = (value for value in part.parameters() if value.is_floating_point())
-            weight = next(weights, shared)
-            part(shared.to(weight.device, weight.dtype))
-        elif self.teacher_forward is not None:
-            self.teacher_forward(teacher, *args, **kwargs)
+        if self._shared is not None and shared is not None:
+            self._shared.run_teacher(shared)
         else:
-            teacher(*args, **kwargs)
+            args, kwargs = placed((args, kwargs), *home(self.teacher))
+            (self.teacher_forward or _call)(self.teacher, *args, **kwargs)
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> object:
+    return model(*args, **kwargs)

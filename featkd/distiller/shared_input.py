@@ -1,0 +1,79 @@
+"""The tensor that enters a part of the student, for the same part of the teacher."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from ..taps.paths import resolve
+from ..taps.tap import FeatureTap
+from .normalization import renormalization
+from .placement import placed, weights_of
+
+NAME = "shared_input"
+
+
+class SharedInput:
+    """Taps what enters the student's part, and calls the teacher's with it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        paths: tuple[str, str],
+        layers: Mapping[str, tuple[str, str]],
+        convert: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        ours, self.part = (
+            resolve(model, path, NAME)[0]
+            for model, path in zip((student, teacher), paths, strict=True)
+        )
+        for path, part in zip(paths, (ours, self.part), strict=True):
+            _require_one_input(path, part)
+        within = set(self.part.modules())
+        for level, (_, path) in layers.items():
+            name = f"layers[{level!r}]"
+            if resolve(teacher, path, name)[0] not in within:
+                raise ValueError(
+                    f"`{name}` must lie within the teacher's {paths[1]!r}, which "
+                    f"`shared_input` runs, got {path!r}."
+                )
+        # A path with `:input[item]` names one of several.
+        path = paths[0] if ":" in paths[0] else f"{paths[0]}:input"
+        self.tap = FeatureTap(student, {NAME: path})
+        self.convert = convert or renormalization(student, ours, teacher, self.part)
+
+    def pop(self) -> Tensor:
+        return self.tap.pop()[NAME]
+
+    def run_teacher(self, shared: Tensor) -> None:
+        found: object = shared if self.convert is None else self.convert(shared)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"`convert_input` must return a tensor, got {type(found).__name__}.")
+        weight = next(weights_of(self.part), found)
+        self.part(placed(found, None if weight.is_meta else weight.device, weight.dtype))
+
+
+def _require_one_input(path: str, part: nn.Module) -> None:
+    required = _required(part)
+    if len(required) < 2:
+        return
+    inner = (name for name, module in part.named_modules() if name and len(_required(module)) == 1)
+    nearest = min(inner, key=lambda name: name.count("."), default=None)
+    advice = "" if nearest is None else f": try {f'{path}.{nearest}'.lstrip('.')!r}"
+    raise ValueError(
+        f"`shared_input` must name a module that takes one tensor, got {path!r}, which takes "
+        f"{' and '.join(required)}{advice}."
+    )
+
+
+def _required(module: nn.Module) -> list[str]:
+    """The arguments that no call can leave out; none where the signature is not known."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
