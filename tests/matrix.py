@@ -33,7 +33,7 @@ COLUMNS = {
     "gradient": (
         "gradient",
         "the distillation losses alone reach the student's first weights and every adapter, and "
-        "nothing behind the backbone",
+        "nothing behind the last tap",
     ),
     "teacher": (
         "teacher",

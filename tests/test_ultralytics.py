@@ -175,8 +175,10 @@ def run(pair):
             teacher = criterion_of(trainer).teacher
             seen.teacher = snapshot(teacher)
             count = seen.teacher_calls
-            teacher.model[0].register_forward_hook(lambda *_: count.update([trainer.epoch]))
-            teacher.model[-1].register_forward_hook(lambda *_: count.update(["head"]))
+            for i in (0, -1):
+                teacher.model[i].register_forward_hook(
+                    lambda *_, i=i: count.update([(i, trainer.epoch, torch.is_grad_enabled())])
+                )
 
     def save(trainer):
         ema = trainer.ema.ema
@@ -247,8 +249,9 @@ def test_teacher(run):
     assert unchanged(teacher, run.teacher)
     assert not any(module.training for module in teacher.modules())
     assert all(value.grad is None for value in teacher.parameters())
-    # At each training step, not in validation, and no further than what is tapped.
-    assert run.teacher_calls == dict.fromkeys(range(EPOCHS), IMAGES // BATCH)
+    # Its first layer at each training step, not in validation; its head never; no graph.
+    steps = IMAGES // BATCH
+    assert run.teacher_calls == {(0, epoch, False): steps for epoch in range(EPOCHS)}
 
 
 def test_distills(run):
@@ -258,17 +261,6 @@ def test_distills(run):
     assert results["val/kd_loss"] == (0,) * EPOCHS
     assert all(np.isfinite(values).all() for values in results.values())
     assert list(results)[2:6] == [f"train/{name}" for name in run.trainer.loss_names]
-
-
-def test_ema(run):
-    before = run.adapters
-    for average, trained, criterion in run.ema:
-        assert type(criterion) is type(criterion_of(run.trainer).own)
-        assert average.keys() == trained.keys()
-        for name, value in average.items():
-            assert not torch.equal(value, trained[name])
-            assert not torch.equal(value, before[name])
-        before = average
 
 
 def test_resume(pair, run):
@@ -289,7 +281,7 @@ def test_resume(pair, run):
     assert not equal(seen.adapters, run.adapters)
     assert seen.steps == [2 * IMAGES // BATCH] * len(seen.steps)
     assert rows(trainer)["train/kd_loss"][0] < rows(run.trainer)["train/kd_loss"][0]
-    if hasattr(criterion_of(trainer), "update"):  # YOLO26's
+    if hasattr(criterion_of(trainer).own, "update"):  # YOLO26's
         assert criterion_of(trainer).updates == criterion_of(run.trainer).updates == EPOCHS
 
 
@@ -321,6 +313,28 @@ def test_nan_recovery(recovered):
     assert all(np.isfinite(values).all() for values in results.values())
     first, *_, last = results["train/kd_loss"]
     assert 0 < last < first
+
+
+def test_ema(run, recovered):
+    """It averages the adapters, has a criterion of its own, and the student's tap does not hear it.
+
+    Of the two runs the recovered one's average has copies of the hooks.
+    """
+    before = run.adapters
+    for average, trained, criterion in run.ema:
+        assert type(criterion) is type(criterion_of(run.trainer).own)
+        assert average.keys() == trained.keys()
+        for name, value in average.items():
+            assert not torch.equal(value, trained[name])
+            assert not torch.equal(value, before[name])
+        before = average
+    for each, copied in ((run, False), (recovered, True)):
+        average = each.trainer.ema.ema.eval()
+        assert (hook_count(average) > 0) == copied
+        in_training(each.trainer)
+        average(batch()["img"])
+        with pytest.raises(RuntimeError, match="got 0"):
+            criterion_of(each.trainer).taps[0].pop()
 
 
 # Where featkd cannot be imported, the files are read and used; the second reading is torch's own
@@ -355,8 +369,6 @@ def test_without_featkd(pair, run, recovered):
     from ultralytics import YOLO
     from ultralytics_yolo import strip
 
-    # The copy that Ultralytics made when it recovered has hooks.
-    assert hook_count(recovered.trainer.ema.ema) > 0
     files = [f for each in (run, recovered) for f in (each.trainer.last, each.trainer.best)]
     names = list(YOLO(pair.settings["model"]).model.state_dict())
     for file in files:
