@@ -30,8 +30,9 @@ def fresh_compiler():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `cuda` or `mmdet` are deselected, and counted, where there is no such thing."""
-    found = {"cuda": torch.cuda.is_available(), "mmdet": importlib.util.find_spec("mmdet")}
+    """Tests marked with one of these are deselected, and counted, where there is no such thing."""
+    found = {name: importlib.util.find_spec(name) for name in ("mmdet", "ultralytics")}
+    found["cuda"] = torch.cuda.is_available()
     absent = [marker for marker, there in found.items() if not there]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     config.hook.pytest_deselected(items=left_out)

@@ -1,8 +1,9 @@
 """Writes COMPATIBILITY.md from the results of the tests that are its cells.
 
     pytest tests/test_zoo.py --junitxml=zoo.xml
-    .ci/mmdet VENV zoo.xml  # which makes mmdet.xml, and then
-    python tests/matrix.py zoo.xml mmdet.xml
+    .ci/mmdet VENV mmdet.xml
+    .ci/ultralytics VENV ultralytics.xml
+    python tests/matrix.py zoo.xml mmdet.xml ultralytics.xml
 
 Each file is a section. A test `test_<column>[<model>]` is a cell, `test_cross_pair[<teacher> to
 <student>]` a line of the pairs. The suite's properties hold the packages' versions, and under the
@@ -20,7 +21,11 @@ SECTIONS = {
         "Detectors of torchvision and Hugging Face, backbones of timm",
         "pytest tests/test_zoo.py --junitxml=zoo.xml",
     ),
-    "test_mmdet": ("Detectors of mmdetection, student from teacher", ".ci/mmdet VENV zoo.xml"),
+    "test_mmdet": ("Detectors of mmdetection, student from teacher", ".ci/mmdet VENV mmdet.xml"),
+    "test_ultralytics": (
+        "YOLOs in Ultralytics' trainer, student from teacher",
+        ".ci/ultralytics VENV ultralytics.xml",
+    ),
 }
 # Column -> its heading, and what its tests hold.
 COLUMNS = {
@@ -28,13 +33,13 @@ COLUMNS = {
     "gradient": (
         "gradient",
         "the distillation losses alone reach the student's first weights and every adapter, and "
-        "nothing behind the backbone",
+        "nothing behind the last tap",
     ),
     "teacher": (
         "teacher",
         "weights and buffers bit-equal after a step of the optimizer, no gradient, in `eval`",
     ),
-    "distills": ("distills", "mmengine's own training steps lower the distillation loss"),
+    "distills": ("distills", "the framework's own training steps lower the distillation loss"),
     "state_dict": (
         "state dict",
         "keys and values as before, and no hook left when tap and distiller are gone",
@@ -57,7 +62,13 @@ COLUMNS = {
         "non-reentrant: features and gradients of the plain model; reentrant: an error",
     ),
     "functional_call": ("`functional_call`", "features and gradients of the weights passed"),
-    "ema": ("EMA", "an `AveragedModel` writes nothing into the original's tap"),
+    "ema": ("EMA", "a running average of the student writes nothing into its tap"),
+    "resume": ("resume", "a run that goes on from its checkpoint has the adapters saved there"),
+    "nan_recovery": (
+        "NaN",
+        "the framework's recovery from a loss of NaN restores the adapters",
+    ),
+    "without_featkd": ("without featkd", "what is saved at the end loads where featkd is not"),
     "deepcopy": ("deepcopy", "the copy's hooks are inert, and it can be tapped itself"),
     "pickle": ("pickle", "likewise"),
     "amp": ("AMP", "a distillation step under bfloat16 autocast"),
