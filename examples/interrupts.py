@@ -1,0 +1,26 @@
+"""Ctrl-C: a step that has begun ends whole, so that its checkpoint can be saved."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def interrupts() -> Iterator[list[bool]]:
+    """Holds something once Ctrl-C was pressed, so that a step ends whole; a second one kills."""
+    asked: list[bool] = []
+
+    def note(*_: object) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def leave_interrupts_to_main(_: int) -> None:
+    """Ctrl-C reaches the loader's processes too, whose batch the last step still wants."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
