@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error) if world()[0] == 0 else 1) from error
     except KeyboardInterrupt as stop:
         if world()[0] == 0:
-            print(f"{stop or 'stopped'}; go on with --resume", file=sys.stderr)
+            print(f"{str(stop) or 'stopped'}; go on with --resume", file=sys.stderr)
         raise SystemExit(STOPPED) from stop
 
 

@@ -106,7 +106,7 @@ def by(size: Size) -> str:
 
 
 def check_pictures(files: Sequence[Path], sizes: Sequence[Size | None]) -> Iterator[Picture]:
-    """Of each file in order, over all cores: COCO's 118,287 pictures take minutes of a core."""
+    """Of each file in order, over all cores; COCO's 118,287 take three minutes of one."""
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Progress("reading every picture once", len(files), 0, "picture") as progress:
