@@ -1,6 +1,7 @@
 """Ctrl-C: a step that has begun ends whole, so that its checkpoint can be saved."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,10 @@ def interrupts() -> Iterator[list[bool]]:
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if threading.current_thread() is not threading.main_thread():
+        # Python hears signals in the main thread alone.
+        yield asked
+        return
     before = signal.signal(signal.SIGINT, note)
     try:
         yield asked

@@ -23,24 +23,23 @@ MODELS = ("teacher", "plain", "distilled")
 ENDINGS = (".pt", ".partial", ".checkpoint.pt", ".checkpoint.partial")
 PICTURES = ("curves.png", "attention.png", "detections.png")
 RESULTS = "results.json"
-# The last is what makes the folder a run's.
+CONFIG = "config.json"
 WRITTEN = (
     *(f"{model}{ending}" for model in MODELS for ending in ENDINGS),
     *PICTURES,
     RESULTS,
     "results.partial",
-    "config.partial",
-    "config.json",
+    CONFIG,
 )
 # What may differ between an interrupted run and its resumption.
 FREE = {"resume", "overwrite", "quick", "workers", "checkpoint_every", "output"}
 
 
 class RunFolder:
-    """Holds the folder's lock while it is entered; `finished` says whether nothing is left to do.
+    """Locked from :meth:`take` on for as long as it is entered.
 
-    :meth:`take` changes nothing of what is there, so that the data can be looked at in between;
-    :meth:`begin` does.
+    :meth:`take` changes nothing that is there and :meth:`begin` does, so that data and teacher can
+    be looked at in between.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -98,13 +97,12 @@ class RunFolder:
     def begin(self) -> None:
         """Removes the run before, if there is one, and notes this one's configuration."""
         for name in WRITTEN:
-            if not self.is_given(name):
+            # The old configuration goes last, as the new one takes its place.
+            if name != CONFIG and not self.is_given(name):
                 (self.path / name).unlink(missing_ok=True)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        self.write(
-            "config.json",
-            json.dumps({"job": JOB, "launch": launch, "options": self.chosen}, indent=2),
-        )
+        content = {"job": JOB, "launch": launch, "options": self.chosen}
+        self.write(CONFIG, json.dumps(content, indent=2))
 
     def write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as file:
@@ -126,7 +124,7 @@ class RunFolder:
                     )
 
     def read_config(self) -> dict[str, Any] | None:
-        file = self.path / "config.json"
+        file = self.path / CONFIG
         try:
             content = json.loads(file.read_text())
         except FileNotFoundError:

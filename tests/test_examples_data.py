@@ -204,6 +204,14 @@ def test_boxes_of_no_area_are_left_out_and_counted(folder: tuple[Path, Path]) ->
     assert data[2][1]["labels"].tolist() == [1]
 
 
+def test_a_box_that_reaches_over_the_edge_is_kept_and_counted(folder: tuple[Path, Path]) -> None:
+    images, annotations = folder
+    change(annotations, "annotations", 0, bbox=[60, 20, 60, 70])
+    data = read(images, annotations)
+    assert data.notes[0].endswith("1 boxes kept that reach over the edge of their picture")
+    assert data[0][1]["boxes"].tolist() == [[60, 20, 120, 90]]
+
+
 def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
     images, annotations = folder
     before = sum(len(target["boxes"]) for _, target in read(images, annotations))

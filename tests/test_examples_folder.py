@@ -220,18 +220,20 @@ def test_a_broken_configuration_is_named_with_what_to_do(text: str, used: Path) 
 def test_a_configuration_is_whole_or_the_one_before(
     used: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from checkpoints import os as system
+    import os
 
     def power_cut(*_: Any) -> None:
-        raise OSError("power cut")
+        raise InterruptedError("power cut")
 
-    monkeypatch.setattr(system, "replace", power_cut)
-    with pytest.raises(OSError, match="power cut"):
-        begin("--output", used, "--overwrite")
-    monkeypatch.undo()
-    # Neither of the old run nor of the new is there anything that a third could take for its own.
-    assert not (used / "config.json").exists()
-    assert not (used / "plain.checkpoint.pt").exists()
+    before = contents(used)["config.json"]
+    with monkeypatch.context() as cut:
+        cut.setattr(os, "replace", power_cut)
+        with pytest.raises(InterruptedError):
+            begin("--output", used, "--overwrite", "--seed", "9")
+    # Nothing of the old run is left that one of other settings could take for its own.
+    assert contents(used)["config.json"] == before
+    assert "plain.checkpoint.pt" not in contents(used)
+    assert begin("--output", used, "--overwrite", "--seed", "9") == "new"
 
 
 def test_an_output_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
