@@ -170,7 +170,9 @@ def draw(axis: Axes, box: list[float], text: str, label: int) -> None:
     axis.add_patch(
         Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.2)
     )
-    axis.text(left, top, text, fontsize=6, color="white", backgroundcolor=colour, va="bottom")
+    # A user's class may have a dollar in its name.
+    style = {"fontsize": 6, "color": "white", "va": "bottom", "parse_math": False}
+    axis.text(left, top, text, backgroundcolor=colour, **style)
 
 
 def save(figure: Any, file: Path) -> None:

@@ -1,6 +1,7 @@
 """The main job end to end, as a person starts it: its files, its resumption, its real data."""
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -201,6 +202,7 @@ def test_a_loss_that_is_no_number_stops_the_job_at_that_step(
 @pytest.mark.parametrize("detector", ["retinanet", "fcos"])
 def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsys: Any) -> None:
     images, annotations = write_coco(tmp_path)
+    annotations.write_text(annotations.read_text().replace('"wide"', '"$w_^$"'))
     data = ["--data", "coco", "--images", images, "--annotations", annotations]
     data += ["--detector", detector]
     run(*data, "--output", tmp_path / "a", "--amp")
@@ -331,6 +333,28 @@ def test_what_stops_one_process_stops_all_and_is_said_once(
     assert done.returncode != 0
     assert done.stderr.count(text) == 1
     assert torch.load(output / "teacher.checkpoint.pt", weights_only=True)["step"] == step
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import progress
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    for seconds, lines in ((60.0, [3]), (0.0, [2, 3])):
+        monkeypatch.setattr(progress, "SECONDS", seconds)
+        with progress.Progress("plain", 3, 1, "step") as counted:
+            counted.advance("loss 2.00")
+            counted.advance("loss 1.00")
+        text = stream.getvalue()
+        stream.seek(0)
+        stream.truncate(0)
+        assert ("\r" in text) == terminal
+        expected = [f"plain: step {i} of 3, loss {4 - i}.00" for i in lines]
+        assert terminal or text.splitlines() == expected
 
 
 def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(

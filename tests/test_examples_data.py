@@ -137,7 +137,8 @@ def test_a_bad_entry_is_named(case: str, folder: tuple[Path, Path]) -> None:
     assert text in said
 
 
-VALUES = (None, True, "x", "", -1, 0, 0.5, NAN, HUGE, [], [1], {}, {"id": 1})
+NAMES = ("x", "", "\0", "\ud800", "x" * 5000)
+VALUES = (None, True, *NAMES, -1, 0, 0.5, NAN, HUGE, [], [1], {}, {"id": 1})
 
 
 def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) -> None:
