@@ -55,17 +55,10 @@ from tqdm import tqdm
 import featkd
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from checkpoints import write_atomically
 from detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, tapped
 from scenes import SIZE, Scenes
-from training import (
-    MASK_METRICS,
-    METRICS,
-    Alone,
-    Settings,
-    evaluate,
-    train,
-    write_atomically,
-)
+from training import MASK_METRICS, METRICS, Alone, Settings, evaluate, train
 
 LINES = RESULTS / "study.jsonl"
 COLUMNS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")

@@ -57,22 +57,12 @@ from training_step import CHANNELS, LAYERS
 import featkd
 
 # `study` has put the examples on the path.
-from coco import CocoError, has_area, read_annotations  # isort: skip
+from checkpoints import Curve, load, save, write_atomically  # isort: skip
+from coco import CocoError, is_object, read_annotations, size_of  # isort: skip
 from detectors import fpn_outputs, levels_of  # isort: skip
-from training import (  # isort: skip
-    Alone,
-    Curve,
-    Settings,
-    backward,
-    batch_indices,
-    collate,
-    join_processes,
-    load,
-    save,
-    to_device,
-    world,
-    write_atomically,
-)
+from pictures import read_picture  # isort: skip
+from processes import join_processes, world  # isort: skip
+from training import Alone, Settings, backward, batch_indices, collate, to_device  # isort: skip
 
 LINES = RESULTS / "study_coco.jsonl"
 TRAIN, HELD_OUT = "train2017", "val2017"
@@ -168,7 +158,8 @@ class CocoSplit(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __init__(self, folder: Path, split: str, masks: bool = False) -> None:
         self.annotations = folder / "annotations" / f"instances_{split}.json"
-        self.files = CocoDetection(folder / split, self.annotations)
+        self.folder = folder / split
+        self.files = CocoDetection(self.folder, self.annotations)
         self.classes = max(self.files.coco.getCatIds()) + 1
         self.masks = masks
 
@@ -176,9 +167,10 @@ class CocoSplit(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        picture, annotations = self.files[index]
-        image = F.to_image(picture.convert("RGB"))
-        objects = [each for each in annotations if is_object(each)]
+        listed = self.files.coco
+        entry = listed.imgs[self.files.ids[index]]
+        image = F.to_image(read_picture(self.folder / entry["file_name"], size_of(entry)))
+        objects = [each for each in listed.imgToAnns[entry["id"]] if is_object(each)]
         boxes = torch.tensor([each["bbox"] for each in objects]).reshape(-1, 4)
         size = tuple(image.shape[-2:])
         target = {
@@ -200,11 +192,6 @@ class CocoSplit(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 coco_split = cache(CocoSplit)
-
-
-def is_object(annotation: dict[str, Any]) -> bool:
-    """A crowd is no object: nothing is trained on it, and the evaluation passes over it."""
-    return has_area(annotation) and not annotation.get("iscrowd", 0)
 
 
 class WithMirrorImages(Dataset[tuple[Tensor, dict[str, Any]]]):

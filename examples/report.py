@@ -9,14 +9,16 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torchvision
+from checkpoints import Curve
 from detectors import LEVELS, fpn_outputs
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from run_folder import PICTURES, RESULTS, RunFolder
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import nms
-from training import METRICS, Curve, collate
+from training import METRICS, collate
 
 import featkd
 
@@ -42,6 +44,7 @@ def table(runs: dict[str, Curve]) -> str:
 
 def write_report(
     options: argparse.Namespace,
+    folder: RunFolder,
     runs: dict[str, Curve],
     models: dict[str, nn.Module],
     held_out: Dataset[Any],
@@ -49,14 +52,14 @@ def write_report(
     device: torch.device,
 ) -> None:
     mpl.use("Agg")
-    folder: Path = options.output
+    curves, attention, detections = (folder.path / name for name in PICTURES)
     images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])
-    plot_curves(runs, folder / "curves.png")
+    plot_curves(runs, curves)
     path = fpn_outputs(models["teacher"])["p0"] if options.taps == "fpn" else LEVELS[0]
-    plot_attention(models, images[0], path, device, folder / "attention.png")
-    plot_detections(models, images, targets, classes, device, folder / "detections.png")
+    plot_attention(models, images[0], path, device, attention)
+    plot_detections(models, images, targets, classes, device, detections)
     results = {
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": vars(options),
         "versions": {
             "featkd": featkd.__version__,
             "torch": torch.__version__,
@@ -67,10 +70,11 @@ def write_report(
         "runs": {name: vars(curve) for name, curve in runs.items()},
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    # Last of all: it says that the run is finished.
+    folder.write(RESULTS, json.dumps(results, indent=1, default=str))
     print()
     print(table(runs))
-    print(f"\nresults.json, curves.png, attention.png and detections.png are in {folder}")
+    print(f"\n{RESULTS}, {', '.join(PICTURES)} are in {folder.path}")
 
 
 def plot_curves(runs: dict[str, Curve], file: Path) -> None:
@@ -166,7 +170,9 @@ def draw(axis: Axes, box: list[float], text: str, label: int) -> None:
     axis.add_patch(
         Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.2)
     )
-    axis.text(left, top, text, fontsize=6, color="white", backgroundcolor=colour, va="bottom")
+    # A user's class may have a dollar in its name.
+    style = {"fontsize": 6, "color": "white", "va": "bottom", "parse_math": False}
+    axis.text(left, top, text, backgroundcolor=colour, **style)
 
 
 def save(figure: Any, file: Path) -> None:

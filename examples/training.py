@@ -1,26 +1,29 @@
-"""One training run: data order, loop, weight average, checkpoints and evaluation."""
+"""One training run: data order, loop, weight average and evaluation."""
 
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from checkpoints import Curve, load, save
+from interrupts import interrupts, leave_interrupts_to_main
+from processes import JobError, any_rank, of_all_ranks, world
+from progress import Progress
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 MASK_METRICS = ("mask_map", "mask_map_50", "mask_map_75")
+GRADIENT = "the gradient's norm"
 
 
 @dataclass
@@ -38,16 +41,6 @@ class Settings:
     area_scale: float
 
 
-@dataclass
-class Curve:
-    """What one run leaves: losses by step, held-out metrics by step, and the time it took."""
-
-    losses: list[float] = field(default_factory=list)
-    distillation: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 class Alone(nn.Module):
     """A detector with the call of a `featkd.Distiller`, and nothing to distil."""
 
@@ -57,40 +50,6 @@ class Alone(nn.Module):
 
     def forward(self, *args: Any) -> tuple[Any, dict[str, Tensor]]:
         return self.student(*args), {}
-
-
-def world() -> tuple[int, int]:
-    """This process's rank and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_processes(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun has started, if any; the device of this one."""
-    variables = os.environ
-    if "WORLD_SIZE" not in variables:
-        return device
-    # torchrun's own store outlives a restart, with the addresses of the processes before.
-    lasting = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    nodes = int(variables.get("GROUP_WORLD_SIZE", "1"))
-    # Nodes count restarts each for itself: the count is no name for a store that they share.
-    if lasting and nodes > 1 and variables["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        raise SystemExit(
-            "--max-restarts on several nodes wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set for "
-            "torchrun, or restarted processes may wait for those that died"
-        )
-    store, rank, ranks = next(dist.rendezvous("env://"))
-    if lasting and nodes == 1:
-        store = dist.PrefixStore(variables["TORCHELASTIC_RESTART_COUNT"], store)
-    # The first process evaluates alone, and the others wait for it.
-    patience = timedelta(hours=1)
-    cuda = device.type == "cuda"
-    backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    if not cuda:
-        return device
-    device = torch.device("cuda", int(variables["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 def batch_indices(
@@ -160,41 +119,74 @@ def train(
     stepped = DistributedDataParallel(model) if ranks > 1 else model
     indices = batch_indices(len(data), settings.batch_size, settings.seed, done, steps)
     loader = DataLoader(
-        data, batch_sampler=indices, collate_fn=collate, num_workers=settings.workers
+        data,
+        batch_sampler=indices,
+        collate_fn=collate,
+        num_workers=settings.workers,
+        worker_init_fn=leave_interrupts_to_main,
     )
     marks = {steps * (i + 1) // settings.evaluations for i in range(settings.evaluations)}
     started = time.perf_counter() - curve.seconds
-    with tqdm(total=steps, initial=done, desc=name, unit="step", disable=rank > 0) as bar:
+    saved = done
+    with interrupts() as asked, Progress(name, steps, done, "step", silent=rank > 0) as progress:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
             # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
             optimizer.zero_grad()
             losses, distillation = backward(stepped, batch, settings)
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            terms = numbers(losses | distillation | {GRADIENT: norm})
+            # Before the step: what the weights were is in the last checkpoint.
+            broken = not all(map(math.isfinite, terms.values()))
+            broken, stopping = any_rank([broken, bool(asked)], settings.device)
+            if broken:
+                raise JobError(not_finite(name, of_all_ranks(terms), step, saved))
             optimizer.step()
             schedule.step()
             average.update_parameters(student)
-            curve.losses.append(sum(loss.item() for loss in losses.values()))
-            curve.distillation.append(sum(loss.item() for loss in distillation.values()))
-            bar.set_postfix(loss=f"{curve.losses[-1]:.2f}", distil=f"{curve.distillation[-1]:.2f}")
-            bar.update()
+            curve.losses.append(sum(terms[key] for key in losses))
+            curve.distillation.append(sum(terms[key] for key in distillation))
+            both = {"loss": curve.losses[-1], "distillation": curve.distillation[-1]}
+            progress.advance(", ".join(f"{k} {v:.2f}" for k, v in both.items() if v))
             if step in marks:
                 if rank == 0:
                     metrics = evaluate(average.module, held_out, settings)
                     curve.evaluations.append((step, metrics))
-                    bar.write(f"{name}: step {step}, held-out AP {metrics['map']:.3f}")
+                    progress.say(f"{name}: step {step}, held-out AP {metrics['map']:.3f}")
                 if ranks > 1:
                     dist.barrier()
             curve.seconds = time.perf_counter() - started
-            if step % settings.checkpoint_every == 0 or step == steps:
+            if step % settings.checkpoint_every == 0 or step == steps or stopping:
                 save(checkpoint, parts, curve, step)
+                saved = step
+            if stopping:
+                raise KeyboardInterrupt(f"{name}: stopped at step {step}")
     if ranks > 1:
         # Each rank has averaged the batch statistics of its own images.
         for buffer in average.module.buffers():
             dist.broadcast(buffer, 0)
     student.load_state_dict(average.module.state_dict())
     return curve
+
+
+def numbers(terms: dict[str, Tensor]) -> dict[str, float]:
+    """All at once: on a GPU each is a wait."""
+    values = torch.stack([term.detach() for term in terms.values()]).tolist()
+    return dict(zip(terms, values, strict=True))
+
+
+def not_finite(name: str, ranks: list[dict[str, float]], step: int, saved: int) -> str:
+    """Which terms; the gradient, which every loss spoils, only where it is the first to go."""
+    found = {
+        term: value for terms in ranks for term, value in terms.items() if not math.isfinite(value)
+    }
+    if len(found) > 1:
+        found.pop(GRADIENT, None)
+    what = ", ".join(f"{term} is {value}" for term, value in found.items())
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved before"
+    advice = "a lower learning rate or a weaker distillation may help"
+    return f"{name}: {what} at step {step}; training has stopped, {kept}; {advice}"
 
 
 def backward(
@@ -208,42 +200,6 @@ def backward(
     share = len(batch[0]) * world()[1] / settings.batch_size
     (share * sum((losses | distillation).values())).backward()
     return losses, distillation
-
-
-def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
-    """By the first rank alone; whole or not at all: an interrupt leaves the checkpoint before."""
-    if world()[0] > 0:
-        return
-    content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"curve": vars(curve), "step": step}
-    write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)  # noqa: PTH105
-
-
-def load(path: Path, parts: dict[str, Any]) -> tuple[Curve, int]:
-    """Goes on from the checkpoint, if there is one, whatever number of ranks has written it."""
-    rank, ranks = world()
-    content = None
-    if rank == 0 and path.exists():
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if ranks > 1:
-        # One reader: another node's view of the file system may lag behind.
-        received = [content]
-        dist.broadcast_object_list(received)
-        (content,) = received
-    if content is None:
-        return Curve(), 0
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    return Curve(**content["curve"]), content["step"]
 
 
 @torch.no_grad()

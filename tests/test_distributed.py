@@ -29,6 +29,7 @@ from featkd import Distiller
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
+import checkpoints  # noqa: E402
 import detectors  # noqa: E402
 import distill_detector  # noqa: E402
 import training  # noqa: E402
@@ -387,9 +388,9 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path):
         raise InterruptError
 
     file = tmp_path / "checkpoint.pt"
-    training.write_atomically(file, {"step": 1})
+    checkpoints.write_atomically(file, {"step": 1})
     with mock.patch.object(torch, "save", write_half), pytest.raises(InterruptError):
-        training.write_atomically(file, {"step": 2})
+        checkpoints.write_atomically(file, {"step": 2})
     assert torch.load(file, weights_only=True) == {"step": 1}
 
 

@@ -1,21 +1,25 @@
 """The main job end to end, as a person starts it: its files, its resumption, its real data."""
 
+import argparse
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from coco_folder import write_coco
 from torchvision.ops import masks_to_boxes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TINY = ["--quick", "--teacher-steps", "4", "--steps", "4", "--checkpoint-every", "2"]
+TINY = ["--quick", "--steps", "4", "--checkpoint-every", "2"]
+TEACHER = ["--teacher-steps", "4"]
 DRAWS = ["--detector", "faster_rcnn"]
 FILES = {"results.json", "curves.png", "attention.png", "detections.png", "teacher.pt"}
 
@@ -31,33 +35,8 @@ def run(*arguments: str | Path) -> None:
     from distill_detector import main
 
     torch.set_num_threads(1)
-    main([*TINY, *map(str, arguments)])
-
-
-def write_coco(folder: Path, count: int = 6) -> tuple[Path, Path]:
-    """Bright rectangles on noise, two categories with gaps in their ids; one image has no box."""
-    images = folder / "images"
-    images.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    content = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": 3, "name": "tall"}, {"id": 7, "name": "wide"}],
-    }
-    for i in range(count):
-        pixels = generator.integers(0, 80, (80, 100, 3), dtype=np.uint8)
-        tall = i % 2 == 0
-        left, top, width, height = (10, 10, 20, 50) if tall else (30, 20, 50, 20)
-        pixels[top : top + height, left : left + width] = 220
-        Image.fromarray(pixels).save(images / f"{i}.png")
-        content["images"].append({"id": i, "file_name": f"{i}.png", "width": 100, "height": 80})
-        box = {"id": i + 1, "image_id": i, "category_id": 3 if tall else 7, "iscrowd": 0}
-        box |= {"bbox": [left, top, width, height], "area": width * height}
-        if i > 0:
-            content["annotations"].append(box)
-    file = folder / "annotations.json"
-    file.write_text(json.dumps(content))
-    return images, file
+    teacher = [] if "--teacher" in arguments else TEACHER
+    main([*TINY, *teacher, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +94,34 @@ def test_a_broken_job_resumes_to_the_same_result(
 
     whole_save = training.save
     monkeypatch.setattr(training, "save", save_thrice)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         run(*DRAWS, "--output", tmp_path, "--resume")
     monkeypatch.undo()
-    assert "to go on with: starting one" in capsys.readouterr().out
+    assert stop.value.code == 130
+    printed = capsys.readouterr()
+    assert "to go on with: starting one" in printed.out
+    assert printed.err.splitlines()[-1] == "stopped; go on with --resume"
     assert saves == ["teacher.checkpoint.pt"] * 2 + ["plain.checkpoint.pt"]
     with pytest.raises(SystemExit, match="--resume"):
         run(*DRAWS, "--output", tmp_path)
     with pytest.raises(SystemExit, match="seed=9 for 0"):
         run(*DRAWS, "--seed", "9", "--output", tmp_path, "--resume")
+
+    # Ctrl-C within step 3, of which the job would save no checkpoint.
+    def backward(*rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole_backward(*rest)
+
+    whole_backward = training.backward
+    monkeypatch.setattr(training, "backward", backward)
+    with pytest.raises(SystemExit) as stop:
+        run(*DRAWS, "--output", tmp_path, "--resume")
+    monkeypatch.undo()
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "plain: stopped at step 3; go on with --resume"
+    assert torch.load(tmp_path / "plain.checkpoint.pt", weights_only=True)["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     run(*DRAWS, "--output", tmp_path, "--resume")
     assert "distilled - plain" in capsys.readouterr().out
@@ -137,17 +135,86 @@ def test_a_broken_job_resumes_to_the_same_result(
         assert runs[0][name]["evaluations"] == runs[1][name]["evaluations"]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_finished_run_and_its_teacher_outlive_the_next_job(
+    finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before, teacher = contents(folder), folder / "teacher.pt"
+    again = [*DRAWS, "--output", folder]
+    for arguments in (again, [*again, "--teacher", teacher]):
+        with pytest.raises(SystemExit, match=r"holds a finished run: .* give --overwrite"):
+            run(*arguments)
+    with pytest.raises(SystemExit, match=r"must be no file that the run would write, got .*plain"):
+        run(*again, "--teacher", folder / "plain.pt", "--overwrite")
+    run(*again, "--resume")
+    assert "is finished" in capsys.readouterr().out
+    assert contents(folder) == before
+
+    # A teacher that does not fit is found before the run is replaced.
+    with pytest.raises(SystemExit, match="must fit --detector"):
+        run("--detector", "fcos", "--output", folder, "--teacher", teacher, "--overwrite")
+    assert contents(folder) == before
+    run(*again, "--teacher", teacher, "--overwrite", "--preset", "normalized")
+    after = contents(folder)
+    assert after["teacher.pt"] == before["teacher.pt"]
+    assert "teacher.checkpoint.pt" not in after
+    assert after["distilled.pt"] != before["distilled.pt"]
+    assert after["plain.pt"] == before["plain.pt"]
+    options = json.loads(after["results.json"])["options"]
+    assert (options["amp"], options["seed"], options["learning_rate"]) == (False, 0, 3e-3)
+    assert (options["teacher"], options["images"]) == (str(teacher), None)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_job_at_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import training
+
+    steps = []
+
+    def lost(*rest: Any) -> Any:
+        steps.append(len(steps))
+        losses, distillation = backward(*rest)
+        if len(steps) == 11:
+            distillation["attention_masked"] = torch.tensor(float("nan"))
+        return losses, distillation
+
+    backward = training.backward
+    monkeypatch.setattr(training, "backward", lost)
+    text = "distilled: attention_masked is nan at step 3; .* the checkpoint of step 2 is kept"
+    with pytest.raises(SystemExit, match=text):
+        run("--output", tmp_path)
+    assert torch.load(tmp_path / "distilled.checkpoint.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "results.json").exists()
+    # No bar where there is no terminal, but a line for each training that has come to its end.
+    printed = capsys.readouterr().err
+    assert "\r" not in printed
+    assert printed.count("step 4 of 4, loss") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "fcos"])
 def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsys: Any) -> None:
     images, annotations = write_coco(tmp_path)
+    annotations.write_text(annotations.read_text().replace('"wide"', '"$w_^$"'))
     data = ["--data", "coco", "--images", images, "--annotations", annotations]
     data += ["--detector", detector]
     run(*data, "--output", tmp_path / "a", "--amp")
     assert "1 images without a box kept as background" in capsys.readouterr().out
     teacher = tmp_path / "a" / "teacher.pt"
+    state = torch.load(teacher, weights_only=True)
+    # As torchvision's reference scripts write it.
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 3}, teacher)
     held_out = ["--val-images", images, "--val-annotations", annotations]
     run(*data, *held_out, "--teacher", teacher, "--output", tmp_path / "b")
+    loaded = torch.load(tmp_path / "b" / "teacher.pt", weights_only=True)
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
     with pytest.raises(SystemExit, match="--teacher"):
         run("--teacher", teacher, "--output", tmp_path / "c")
 
@@ -176,15 +243,19 @@ distill_detector.main(arguments)
 """
 
 
-def torchrun(*arguments: str | Path) -> str:
+def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
+    return subprocess.run(
         [*launch, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=240,
     )
+
+
+def torchrun(*arguments: str | Path) -> str:
+    done = launched(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -192,7 +263,7 @@ def torchrun(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two_processes")
-    return folder, torchrun(EXAMPLES / "distill_detector.py", *TINY, "--output", folder)
+    return folder, torchrun(EXAMPLES / "distill_detector.py", *TINY, *TEACHER, "--output", folder)
 
 
 @pytest.mark.slow
@@ -209,7 +280,7 @@ def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone
     worker, log, output = tmp_path / "worker.py", tmp_path / "log", tmp_path / "output"
     worker.write_text(DYING_WORKER)
     log.mkdir()
-    torchrun("--max-restarts=1", worker, EXAMPLES, log, *TINY, "--output", output)
+    torchrun("--max-restarts=1", worker, EXAMPLES, log, *TINY, *TEACHER, "--output", output)
     begun = {file.name: int(file.read_text()) for file in log.iterdir()}
     # Three models of 4 steps, a checkpoint every second.
     assert begun["rank 1, restart 0"] == 12
@@ -220,10 +291,76 @@ def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone
         assert all(torch.equal(whole[key], restarted[key]) for key in whole)
 
 
+# Of one process a loss is lost, or Ctrl-C reaches it, in the third step.
+STOPPED_WORKER = """
+import os, signal, sys
+
+examples, what, *arguments = sys.argv[1:]
+sys.path.insert(0, examples)
+import distill_detector, training
+
+steps = []
+
+def lost(*rest):
+    steps.append(len(steps))
+    losses, distillation = backward(*rest)
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        if what == "nan":
+            losses["classification"] = losses["classification"] * float("nan")
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+    return losses, distillation
+
+backward, training.backward = training.backward, lost
+distill_detector.main(arguments)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "text", "step"),
+    [
+        ("nan", "teacher: classification is nan at step 3", 2),
+        ("interrupt", "teacher: stopped at step 3; go on with --resume", 3),
+    ],
+)
+def test_what_stops_one_process_stops_all_and_is_said_once(
+    what: str, text: str, step: int, tmp_path: Path
+) -> None:
+    worker, output = tmp_path / "worker.py", tmp_path / "output"
+    worker.write_text(STOPPED_WORKER)
+    done = launched(worker, EXAMPLES, what, *TINY, *TEACHER, "--output", output)
+    assert done.returncode != 0
+    assert done.stderr.count(text) == 1
+    assert torch.load(output / "teacher.checkpoint.pt", weights_only=True)["step"] == step
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import progress
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    for seconds, lines in ((60.0, [3]), (0.0, [2, 3])):
+        monkeypatch.setattr(progress, "SECONDS", seconds)
+        with progress.Progress("plain", 3, 1, "step") as counted:
+            counted.advance("loss 2.00")
+            counted.advance("loss 1.00")
+        text = stream.getvalue()
+        stream.seek(0)
+        stream.truncate(0)
+        assert ("\r" in text) == terminal
+        expected = [f"plain: step {i} of 3, loss {4 - i}.00" for i in lines]
+        assert terminal or text.splitlines() == expected
+
+
 def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from training import join_processes
+    from processes import join_processes
 
     for name, value in {
         "WORLD_SIZE": "2",
@@ -234,56 +371,6 @@ def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         join_processes(torch.device("cpu"))
-
-
-BAD_DATA = {
-    "no folder": (lambda i, a, c: i.rename(i.with_name("gone")), "`--images` must be a folder"),
-    "no file": (lambda i, a, c: a.unlink(), "`--annotations` must be a file"),
-    "no JSON": (lambda i, a, c: a.write_text("{"), "must be a COCO detection file"),
-    "no key": (lambda i, a, c: a.write_text('{"images": []}'), "'categories'"),
-    "no image": (lambda i, a, c: (i / "2.png").unlink(), "1 images of"),
-    "no box": (lambda i, a, c: a.write_text(json.dumps(c | {"annotations": []})), "at least one"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_said_before_any_training(case: str, tmp_path: Path) -> None:
-    from coco import CocoError, CocoFolder
-
-    images, annotations = write_coco(tmp_path)
-    spoil, text = BAD_DATA[case]
-    spoil(images, annotations, json.loads(annotations.read_text()))
-    with pytest.raises(CocoError, match=text):
-        CocoFolder(images, annotations)
-
-
-def test_boxes_of_no_area_are_left_out_and_counted(tmp_path: Path) -> None:
-    from coco import CocoFolder
-
-    images, annotations = write_coco(tmp_path)
-    content = json.loads(annotations.read_text())
-    content["annotations"][0]["bbox"][2] = 0
-    annotations.write_text(json.dumps(content))
-    data = CocoFolder(images, annotations)
-    assert data.notes[0].endswith("1 boxes of no area left out")
-    assert data.notes[1].endswith("2 images without a box kept as background")
-    assert data.classes == ("background", "tall", "wide")
-    assert len(data[1][1]["boxes"]) == 0
-    assert data[2][1]["boxes"].tolist() == [[10, 10, 30, 60]]
-    assert data[2][1]["labels"].tolist() == [1]
-
-
-def test_crowds_are_no_objects_and_counted(tmp_path: Path) -> None:
-    from coco import CocoFolder
-
-    images, annotations = write_coco(tmp_path)
-    content = json.loads(annotations.read_text())
-    before = sum(len(target["boxes"]) for _, target in CocoFolder(images, annotations))
-    content["annotations"][0]["iscrowd"] = 1
-    annotations.write_text(json.dumps(content))
-    data = CocoFolder(images, annotations)
-    assert data.notes[0].endswith("1 crowds left out")
-    assert sum(len(target["boxes"]) for _, target in data) == before - 1
 
 
 def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
