@@ -85,11 +85,11 @@ class PatchTokens:
     """Tokens of a vision transformer as feature maps of each batch's own height and width.
 
     Given as the `convert` of a tap or a distiller, it takes them from the image that enters the
-    model, or that a part around the tapped module gets resized:
-    `convert={"c4": (None, PatchTokens(14, prefix=5))}`. The map of an image of `h` x `w` with
-    patches of `p` x `q` is that of :func:`from_tokens` with `H = h/p` and `W = w/q`. Where these
-    are no whole numbers the count of tokens tells whether the model cuts the image (DINOv2) or
-    pads it (timm's `dynamic_img_pad`): both are rounded down, or both up.
+    model: `convert={"c4": (None, PatchTokens(14, prefix=5))}`. Where a part around the tapped
+    module gets the image resized, it takes them from that. For an image of `h` x `w` and patches of
+    `p` x `q` the map is that of :func:`from_tokens` with `H = h/p` and `W = w/q`. Where these are
+    no whole numbers, the count of tokens tells whether the model cuts the image (DINOv2: both are
+    rounded down) or pads it (timm's `dynamic_img_pad`: both are rounded up).
 
     Args:
         patch_size: height and width of a patch, or a pair `(height, width)`; where patches overlap,
@@ -97,8 +97,8 @@ class PatchTokens:
         prefix: how many tokens in front belong to no position (class, registers).
         suffix: how many behind.
 
-    Call:
-        `(tokens, image_size)` of shape `(B, prefix + H*W + suffix, C)` and `(h, w)` give
+    Shape:
+        Called with `tokens` `(B, prefix + H*W + suffix, C)` and `image_size` `(h, w)`, it returns
         `(B, C, H, W)`, a view.
 
     Raises:
