@@ -150,12 +150,13 @@ class Model:
         )
 
     def pyramid(self, steps: list[Call]) -> dict[float, Spot]:
-        """What an FPN puts out: at one width, by one module; else what enters a head together.
+        """What an FPN puts out; else what enters a head together.
 
-        Neither is what the backbone puts out, and all of it enters modules that run later; so it is
-        not what a head puts out.
+        An FPN is one module, which puts out one width or runs behind the backbone. Its maps are
+        none of the backbone's, and all enter modules that run later; so they are not a head's.
         """
         stages = {step.put_out[0].serial for step in steps}
+        last = max((step.ended for step in steps), default=0)
         enters: dict[int, int] = {}
         for call in self.ended:
             for item in call.taken_in:
@@ -166,12 +167,12 @@ class Model:
             if self._levels(call.put_out)
             and not call.puts_out_more
             and self.can_be_tapped(call)
-            and len({item.shape[1] for item in call.put_out}) == 1
+            and (call.began >= last or len({item.shape[1] for item in call.put_out}) == 1)
             and stages.isdisjoint(item.serial for item in call.put_out)
             and all(enters.get(item.serial, -1) >= call.ended for item in call.put_out)
         ]
         if not pyramids:
-            return self._enters_a_head(steps)
+            return self._enters_a_head(last)
         fpn = pyramids[0]
         for call in pyramids:
             serials = {item.serial for item in fpn.put_out}
@@ -186,8 +187,7 @@ class Model:
                 fpn = call
         return {stride: Spot(fpn, item) for stride, item in self._levels(fpn.put_out).items()}
 
-    def _enters_a_head(self, steps: list[Call]) -> dict[float, Spot]:
-        last = max((step.ended for step in steps), default=0)
+    def _enters_a_head(self, last: int) -> dict[float, Spot]:
         sources = {
             item.serial: Spot(call, item)
             for call in self.ended

@@ -449,6 +449,21 @@ def equals_plain_hooks(model, match, *inputs):
         assert torch.equal(captured[level], expected[path])
 
 
+class TwoWidths(FPN):
+    """As YOLO's necks, whose levels differ in width."""
+
+    def __init__(self):
+        super().__init__((8, 8), 8)
+        self.out[1] = convolution(8, 12)
+
+
+def test_an_fpn_behind_the_backbone_may_have_levels_of_several_widths():
+    model = nn.Sequential(Stages(8, 8, 8), TwoWidths(), Detect(8))
+    match = match_layers(model, model, PIXELS)
+    assert match.layers == {"p2": ("1[0]",) * 2, "p3": ("1[1]",) * 2}
+    assert match.student_channels == {"p2": 8, "p3": 12}
+
+
 def test_two_levels_at_one_stride_are_the_larger_then_the_last():
     match = match_layers(*(Detector(8, extra=(1,)) for _ in range(2)), PIXELS)
     assert match.layers == {"p2": ("neck[0]",) * 2, "p3": ("neck[2]",) * 2}
@@ -526,9 +541,9 @@ class Unbundled(nn.Module):
 class Detect(nn.Module):
     """Puts out its inputs as well, beside what it finds."""
 
-    def __init__(self):
+    def __init__(self, width=6):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(6, 5, 1), nn.Conv2d(12, 5, 1)])
+        self.convs = nn.ModuleList([nn.Conv2d(width, 5, 1), nn.Conv2d(12, 5, 1)])
 
     def forward(self, maps):
         found = [conv(x).flatten(2) for conv, x in zip(self.convs, maps, strict=True)]
