@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from ._trace import Call, FeatureMap, Shape, stride_of
@@ -24,22 +25,22 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Model:
+class Forward:
     """The calls of one forward, nested and in the order of ending, for an image of this shape."""
 
     root: Call
     ended: list[Call]
     pixels: Shape
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_runs", Counter(call.path for call in self.ended))
+    @cached_property
+    def runs(self) -> Counter[str]:
+        return Counter(call.path for call in self.ended)
 
     def stride(self, found: FeatureMap) -> float:
         return stride_of(found.shape, self.pixels)
 
     def can_be_tapped(self, call: Call) -> bool:
-        runs: Counter[str] = self._runs  # type: ignore[attr-defined]
-        return runs[call.path] == 1
+        return self.runs[call.path] == 1
 
     def stages(self, steps: list[Call]) -> dict[float, Spot]:
         """The last step at each stride, or the item of a list of the backbone's maps."""

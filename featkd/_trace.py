@@ -30,6 +30,10 @@ class FeatureMap:
         """As a tap's path spells it."""
         return "".join(f"[{key}]" for key in self.keys)
 
+    @property
+    def can_be_selected(self) -> bool:
+        return all(key and not set("[]'\"") & set(key) for key in self.keys)
+
 
 @dataclass(eq=False)
 class Call:
@@ -174,7 +178,7 @@ def read_maps(ended: list[Call], pixels: Shape) -> None:
     """Leaves the calls what are maps of the image, with the channels in front."""
     for call in ended:
         call.taken_in = [found for found in call.taken_in if _read(found, pixels)]
-        read = [found for found in call.put_out if _read(found, pixels)]
+        read = [item for item in call.put_out if item.can_be_selected and _read(item, pixels)]
         call.puts_out_more |= len(read) < len(call.put_out)
         call.put_out = read
 

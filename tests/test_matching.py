@@ -722,6 +722,20 @@ def test_an_output_that_is_no_tensor_is_proposed_with_its_selector():
     equals_plain_hooks(model, match, PIXELS)
 
 
+class OddKeys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = convolution(3, 8, 2)
+
+    def forward(self, x):
+        return {"a[0]": self.conv(x) + 1, "": self.conv(x) + 1}
+
+
+def test_what_no_path_can_spell_is_not_listed():
+    model = nn.Sequential(convolution(3, 3, 2), OddKeys())
+    assert [layer.path for layer in match_layers(model, model, PIXELS).student] == ["0"]
+
+
 def test_deeplab():
     model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
     match = match_layers(model, model, PIXELS)
