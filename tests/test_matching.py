@@ -221,6 +221,23 @@ def test_only_strides_of_both_models_are_paired():
     assert match.layers == {"c2": ("1", "0")}
 
 
+class AllItsMaps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = convolutions(1, 2)
+
+    def forward(self, x):
+        first = self.convs[0](x)
+        return [first + 1, self.convs[1](first)]
+
+
+@pytest.mark.parametrize("model", [convolutions(1, 2), AllItsMaps()], ids=["plain", "list"])
+def test_what_keeps_the_image_s_size_is_no_stage(model):
+    match = match_layers(model, model, PIXELS)
+    assert list(match.layers) == ["c1"]
+    assert len(match.student) > 1
+
+
 def test_without_a_common_stride_the_table_says_so():
     match = match_layers(convolutions(2), convolutions(4), PIXELS)
     assert not match.pairs
