@@ -166,7 +166,6 @@ class Forward:
             call
             for call in self.ended
             if self._levels(call.put_out)
-            and not call.puts_out_more
             and self.can_be_tapped(call)
             and (call.began >= last or len({item.shape[1] for item in call.put_out}) == 1)
             and stages.isdisjoint(item.serial for item in call.put_out)

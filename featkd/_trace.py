@@ -48,8 +48,6 @@ class Call:
     tokens_in: set[tuple[int, ...]] = field(default_factory=set)
     """The shapes `(B, N, C)` that go in."""
     tokens_out: set[tuple[int, ...]] = field(default_factory=set)
-    puts_out_more: bool = False
-    """Than feature maps: other tensors."""
 
     def within(self) -> Iterator[Call]:
         """The call and those inside it, outermost first."""
@@ -103,7 +101,6 @@ def trace(
             call = stack.pop()
             call.put_out, more = _sorted(output, numbers)
             call.tokens_out = {shape for shape in more if len(shape) == 3}
-            call.puts_out_more = bool(more)
             call.ended = began
             ended.append(call)
 
@@ -179,7 +176,6 @@ def read_maps(ended: list[Call], pixels: Shape) -> None:
     for call in ended:
         call.taken_in = [found for found in call.taken_in if _read(found, pixels)]
         read = [item for item in call.put_out if item.can_be_selected and _read(item, pixels)]
-        call.puts_out_more |= len(read) < len(call.put_out)
         call.put_out = read
 
 

@@ -540,14 +540,14 @@ def test_the_last_pyramid_before_the_head_is_proposed():
 class Unbundled(nn.Module):
     """As Ultralytics' detectors are: each step a module, and a head that takes several maps."""
 
-    def __init__(self):
+    def __init__(self, head=None):
         super().__init__()
         self.stages = Stages(8, 8, 8)
         self.up = nn.Upsample(scale_factor=2)
         self.fine = convolution(16, 6)
         self.down = convolution(6, 8, 2)
         self.coarse = convolution(16, 12)
-        self.head = Detect()
+        self.head = head or Detect()
 
     def forward(self, x):
         c2, c3 = self.stages(x)
@@ -572,6 +572,11 @@ def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_
     assert match.layers == {"p2": ("fine",) * 2, "p3": ("coarse",) * 2}
     assert match.student_channels == {"p2": 6, "p3": 12}
     equals_plain_hooks(Unbundled(), match, PIXELS)
+
+
+def test_what_fuses_several_maps_to_one_is_no_head():
+    models = [Unbundled(Pyramid(12)) for _ in range(2)]
+    assert list(match_layers(*models, PIXELS).layers) == ["c1", "c2", "c3"]
 
 
 FPN_OUTPUTS = {
@@ -621,6 +626,22 @@ def test_a_branch_inside_a_block_is_no_stage():
     assert match_layers(model, model, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
     wrapped = nn.Sequential(nn.Sequential(model[0].project), model[1])
     assert match_layers(wrapped, wrapped, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
+
+
+class OfImages(nn.Module):
+    """Takes a list of images, as torchvision's detectors, and puts out no map either."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = convolutions(2, 2)
+
+    def forward(self, images):
+        return self.body(torch.stack(images)).mean(1)
+
+
+def test_a_model_of_a_list_of_images_is_no_block_on_tokens():
+    match = match_layers(OfImages(), OfImages(), list(PIXELS))
+    assert match.layers == {"c1": ("body.0",) * 2, "c2": ("body.1",) * 2}
 
 
 class Tokens(nn.Module):
