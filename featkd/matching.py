@@ -11,19 +11,19 @@ from torch import nn
 
 from ._table import table, times
 from .taps.layouts import Convert, from_channels_last
-from .taps.stages import Model, Spot
+from .taps.stages import Forward, Spot
 from .taps.trace import Call, Shape, first_image, read_maps, trace
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose output is one feature map, `(B, C, H, W)` in `shape`."""
+    """A module's output, or an item of it: one feature map, `(B, C, H, W)` in `shape`."""
 
     path: str
     shape: Shape
     stride: float
     stage: bool
-    """The last and outermost module at its stride within the backbone."""
+    """The last and outermost module at its stride within the backbone, or an item of its list."""
     channels_last: bool = False
     """Whether the module puts the map out as `(B, H, W, C)`."""
     pyramid: bool = False
@@ -180,15 +180,15 @@ def match_layers(
     """
     ours = _tappable("student", student, example_inputs, example_kwargs)
     theirs = _tappable("teacher", teacher, example_inputs, example_kwargs)
-    pyramids, stages = (
-        {
-            level: (layer, levels[1][level])
-            for level, layer in levels[0].items()
-            if level in levels[1]
-        }
-        for levels in ([_levels(layers, kind) for layers in (ours, theirs)] for kind in "pc")
-    )
+    pyramids, stages = _paired(ours, theirs, "p"), _paired(ours, theirs, "c")
     return LayerMatch(ours, theirs, pyramids or stages, stages if pyramids else {})
+
+
+def _paired(
+    student: tuple[Layer, ...], teacher: tuple[Layer, ...], kind: str
+) -> dict[str, tuple[Layer, Layer]]:
+    ours, theirs = _levels(student, kind), _levels(teacher, kind)
+    return {level: (layer, theirs[level]) for level, layer in ours.items() if level in theirs}
 
 
 def _levels(layers: tuple[Layer, ...], kind: str) -> dict[str, Layer]:
@@ -203,34 +203,34 @@ def _level_name(stride: float, kind: str) -> str:
 
 
 def _tappable(
-    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Layer, ...]:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`{name}` must be an nn.Module, got {type(module).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
-    root = trace(module, args, kwargs, ended)
+    root = trace(model, args, kwargs, ended)
     pixels = first_image(root)
     read_maps(ended, pixels)
-    model = Model(root, ended, pixels)
-    steps = model.steps()
-    stages = {spot.key: spot for spot in model.stages(steps).values()}
-    pyramid = {spot.key: spot for spot in model.pyramid(steps).values()}
+    forward = Forward(root, ended, pixels)
+    steps = forward.steps()
+    stages = {spot.key for spot in forward.stages(steps).values()}
+    pyramid = {spot.key for spot in forward.pyramid(steps).values()}
     layers = []
     for call in ended:
         for found in call.put_out:
             spot = Spot(call, found)
             alone = len(call.put_out) == 1 and (call.path or found.keys)
-            if not model.can_be_tapped(call) or not (alone or spot.key in stages | pyramid):
+            if not forward.can_be_tapped(call) or not (alone or spot.key in stages | pyramid):
                 continue
             layers.append(
                 Layer(
                     path=call.path + found.selector,
                     shape=found.shape,
-                    stride=model.stride(found),
+                    stride=forward.stride(found),
                     stage=spot.key in stages,
                     pyramid=spot.key in pyramid,
                     channels_last=found.channels_last,
-                    patch_projection=spot.key in stages and model.is_patch_projection(spot),
+                    patch_projection=spot.key in stages and forward.is_patch_projection(spot),
                 )
             )
     if not layers:

@@ -221,6 +221,23 @@ def test_only_strides_of_both_models_are_paired():
     assert match.layers == {"c2": ("1", "0")}
 
 
+class AllItsMaps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = convolutions(1, 2)
+
+    def forward(self, x):
+        first = self.convs[0](x)
+        return [first + 1, self.convs[1](first)]
+
+
+@pytest.mark.parametrize("model", [convolutions(1, 2), AllItsMaps()], ids=["plain", "list"])
+def test_what_keeps_the_image_s_size_is_no_stage(model):
+    match = match_layers(model, model, PIXELS)
+    assert list(match.layers) == ["c1"]
+    assert len(match.student) > 1
+
+
 def test_without_a_common_stride_the_table_says_so():
     match = match_layers(convolutions(2), convolutions(4), PIXELS)
     assert not match.pairs
@@ -449,6 +466,21 @@ def equals_plain_hooks(model, match, *inputs):
         assert torch.equal(captured[level], expected[path])
 
 
+class TwoWidths(FPN):
+    """As YOLO's necks, whose levels differ in width."""
+
+    def __init__(self):
+        super().__init__((8, 8), 8)
+        self.out[1] = convolution(8, 12)
+
+
+def test_an_fpn_behind_the_backbone_may_have_levels_of_several_widths():
+    model = nn.Sequential(Stages(8, 8, 8), TwoWidths(), Detect(8))
+    match = match_layers(model, model, PIXELS)
+    assert match.layers == {"p2": ("1[0]",) * 2, "p3": ("1[1]",) * 2}
+    assert match.student_channels == {"p2": 8, "p3": 12}
+
+
 def test_two_levels_at_one_stride_are_the_larger_then_the_last():
     match = match_layers(*(Detector(8, extra=(1,)) for _ in range(2)), PIXELS)
     assert match.layers == {"p2": ("neck[0]",) * 2, "p3": ("neck[2]",) * 2}
@@ -508,14 +540,14 @@ def test_the_last_pyramid_before_the_head_is_proposed():
 class Unbundled(nn.Module):
     """As Ultralytics' detectors are: each step a module, and a head that takes several maps."""
 
-    def __init__(self):
+    def __init__(self, head=None):
         super().__init__()
         self.stages = Stages(8, 8, 8)
         self.up = nn.Upsample(scale_factor=2)
         self.fine = convolution(16, 6)
         self.down = convolution(6, 8, 2)
         self.coarse = convolution(16, 12)
-        self.head = Detect()
+        self.head = head or Detect()
 
     def forward(self, x):
         c2, c3 = self.stages(x)
@@ -526,9 +558,9 @@ class Unbundled(nn.Module):
 class Detect(nn.Module):
     """Puts out its inputs as well, beside what it finds."""
 
-    def __init__(self):
+    def __init__(self, width=6):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(6, 5, 1), nn.Conv2d(12, 5, 1)])
+        self.convs = nn.ModuleList([nn.Conv2d(width, 5, 1), nn.Conv2d(12, 5, 1)])
 
     def forward(self, maps):
         found = [conv(x).flatten(2) for conv, x in zip(self.convs, maps, strict=True)]
@@ -540,6 +572,11 @@ def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_
     assert match.layers == {"p2": ("fine",) * 2, "p3": ("coarse",) * 2}
     assert match.student_channels == {"p2": 6, "p3": 12}
     equals_plain_hooks(Unbundled(), match, PIXELS)
+
+
+def test_what_fuses_several_maps_to_one_is_no_head():
+    models = [Unbundled(Pyramid(12)) for _ in range(2)]
+    assert list(match_layers(*models, PIXELS).layers) == ["c1", "c2", "c3"]
 
 
 FPN_OUTPUTS = {
@@ -589,6 +626,22 @@ def test_a_branch_inside_a_block_is_no_stage():
     assert match_layers(model, model, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
     wrapped = nn.Sequential(nn.Sequential(model[0].project), model[1])
     assert match_layers(wrapped, wrapped, PIXELS).layers == {"c1": ("0", "0"), "c2": ("1", "1")}
+
+
+class OfImages(nn.Module):
+    """Takes a list of images, as torchvision's detectors, and puts out no map either."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = convolutions(2, 2)
+
+    def forward(self, images):
+        return self.body(torch.stack(images)).mean(1)
+
+
+def test_a_model_of_a_list_of_images_is_no_block_on_tokens():
+    match = match_layers(OfImages(), OfImages(), list(PIXELS))
+    assert match.layers == {"c1": ("body.0",) * 2, "c2": ("body.1",) * 2}
 
 
 class Tokens(nn.Module):
@@ -705,6 +758,20 @@ def test_an_output_that_is_no_tensor_is_proposed_with_its_selector():
     match = match_layers(model, model, PIXELS)
     assert match.layers == {"c1": ("first[0]",) * 2, "c2": ("second[0]",) * 2}
     equals_plain_hooks(model, match, PIXELS)
+
+
+class OddKeys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = convolution(3, 8, 2)
+
+    def forward(self, x):
+        return {"a[0]": self.conv(x) + 1, "": self.conv(x) + 1}
+
+
+def test_what_no_path_can_spell_is_not_listed():
+    model = nn.Sequential(convolution(3, 3, 2), OddKeys())
+    assert [layer.path for layer in match_layers(model, model, PIXELS).student] == ["0"]
 
 
 def test_deeplab():

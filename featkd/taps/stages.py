@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from .trace import Call, FeatureMap, Shape, stride_of
@@ -24,22 +25,22 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Model:
+class Forward:
     """The calls of one forward, nested and in the order of ending, for an image of this shape."""
 
     root: Call
     ended: list[Call]
     pixels: Shape
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_runs", Counter(call.path for call in self.ended))
+    @cached_property
+    def runs(self) -> Counter[str]:
+        return Counter(call.path for call in self.ended)
 
     def stride(self, found: FeatureMap) -> float:
         return stride_of(found.shape, self.pixels)
 
     def can_be_tapped(self, call: Call) -> bool:
-        runs: Counter[str] = self._runs  # type: ignore[attr-defined]
-        return runs[call.path] == 1
+        return self.runs[call.path] == 1
 
     def stages(self, steps: list[Call]) -> dict[float, Spot]:
         """The last step at each stride, or the item of a list of the backbone's maps."""
@@ -150,12 +151,13 @@ class Model:
         )
 
     def pyramid(self, steps: list[Call]) -> dict[float, Spot]:
-        """What an FPN puts out: at one width, by one module; else what enters a head together.
+        """What an FPN puts out; else what enters a head together.
 
-        Neither is what the backbone puts out, and all of it enters modules that run later; so it is
-        not what a head puts out.
+        An FPN is one module, which puts out one width or runs behind the backbone. Its maps are
+        none of the backbone's, and all enter modules that run later; so they are not a head's.
         """
         stages = {step.put_out[0].serial for step in steps}
+        last = max((step.ended for step in steps), default=0)
         enters: dict[int, int] = {}
         for call in self.ended:
             for item in call.taken_in:
@@ -164,14 +166,13 @@ class Model:
             call
             for call in self.ended
             if self._levels(call.put_out)
-            and not call.puts_out_more
             and self.can_be_tapped(call)
-            and len({item.shape[1] for item in call.put_out}) == 1
+            and (call.began >= last or len({item.shape[1] for item in call.put_out}) == 1)
             and stages.isdisjoint(item.serial for item in call.put_out)
             and all(enters.get(item.serial, -1) >= call.ended for item in call.put_out)
         ]
         if not pyramids:
-            return self._enters_a_head(steps)
+            return self._enters_a_head(last)
         fpn = pyramids[0]
         for call in pyramids:
             serials = {item.serial for item in fpn.put_out}
@@ -186,8 +187,7 @@ class Model:
                 fpn = call
         return {stride: Spot(fpn, item) for stride, item in self._levels(fpn.put_out).items()}
 
-    def _enters_a_head(self, steps: list[Call]) -> dict[float, Spot]:
-        last = max((step.ended for step in steps), default=0)
+    def _enters_a_head(self, last: int) -> dict[float, Spot]:
         sources = {
             item.serial: Spot(call, item)
             for call in self.ended

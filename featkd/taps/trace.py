@@ -30,6 +30,10 @@ class FeatureMap:
         """As a tap's path spells it."""
         return "".join(f"[{key}]" for key in self.keys)
 
+    @property
+    def can_be_selected(self) -> bool:
+        return all(key and not set("[]'\"") & set(key) for key in self.keys)
+
 
 @dataclass(eq=False)
 class Call:
@@ -44,8 +48,6 @@ class Call:
     tokens_in: set[tuple[int, ...]] = field(default_factory=set)
     """The shapes `(B, N, C)` that go in."""
     tokens_out: set[tuple[int, ...]] = field(default_factory=set)
-    puts_out_more: bool = False
-    """Than feature maps: other tensors."""
 
     def within(self) -> Iterator[Call]:
         """The call and those inside it, outermost first."""
@@ -99,7 +101,6 @@ def trace(
             call = stack.pop()
             call.put_out, more = _sorted(output, numbers)
             call.tokens_out = {shape for shape in more if len(shape) == 3}
-            call.puts_out_more = bool(more)
             call.ended = began
             ended.append(call)
 
@@ -174,8 +175,7 @@ def read_maps(ended: list[Call], pixels: Shape) -> None:
     """Leaves the calls what are maps of the image, with the channels in front."""
     for call in ended:
         call.taken_in = [found for found in call.taken_in if _read(found, pixels)]
-        read = [found for found in call.put_out if _read(found, pixels)]
-        call.puts_out_more |= len(read) < len(call.put_out)
+        read = [item for item in call.put_out if item.can_be_selected and _read(item, pixels)]
         call.put_out = read
 
 
