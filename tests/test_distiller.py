@@ -521,7 +521,8 @@ def test_the_teacher_sees_the_picture_in_its_own_normalisation(ours, theirs):
     seen = Inputs(teacher.backbone)
     picture = images().sigmoid()
     distiller(student.sees(picture))
-    if ours == theirs:
+    # The two that agree up to rounding share the tensor too.
+    if ours == theirs or {ours, theirs} == {"torchvision", "mmdet"}:
         assert torch.equal(seen[0], student.sees(picture))
     else:
         close(seen[0], teacher.sees(picture), 1e-6)
