@@ -20,7 +20,7 @@ from .losses.non_local import NonLocalLoss
 from .losses.non_local_block import NonLocalRelation
 from .losses.overall import FeatureDistillationLoss
 from .losses.transfer import AttentionTransferLoss
-from .matching import Layer, LayerMatch, match_layers
+from .matching import match_layers
 from .presets import (
     FPN_OUTPUTS,
     NORMALIZED,
@@ -31,7 +31,6 @@ from .presets import (
     TWO_STAGE,
     Hyperparameters,
 )
-from .report import Report
 from .taps.layouts import PatchTokens, from_channels_last, from_tokens
 from .taps.tap import FeatureTap
 
@@ -53,12 +52,9 @@ __all__ = [
     "FeatureDistillationLoss",
     "FeatureTap",
     "Hyperparameters",
-    "Layer",
-    "LayerMatch",
     "NonLocalLoss",
     "NonLocalRelation",
     "PatchTokens",
-    "Report",
     "SpatialAttention",
     "attention_mask",
     "attention_masked_loss",

@@ -14,6 +14,8 @@ from .taps.layouts import Convert, from_channels_last
 from .taps.stages import Forward, Spot
 from .taps.trace import Call, Shape, first_image, read_maps, trace
 
+__all__ = ["Layer", "LayerMatch", "match_layers"]
+
 
 @dataclass(frozen=True)
 class Layer:

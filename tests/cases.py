@@ -356,6 +356,7 @@ def standardized_masked_by_functions(module: nn.Module, student: Tensor, teacher
 def standardized_non_local_by_functions(
     module: nn.Module, student: Tensor, teacher: Tensor
 ) -> Tensor:
+    student, teacher = featkd.standardize(student), featkd.standardize(teacher)
     ours = module.adapter(relation_by_functions(module.student_relation, student))
     theirs = relation_by_functions(module.teacher_relation, teacher).detach()
     return featkd.non_local_loss(ours, theirs, standardize=True)

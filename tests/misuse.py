@@ -13,19 +13,20 @@ from misuse_testing import TESTING
 
 import featkd
 from featkd import functional as f
-from featkd import testing
+from featkd import matching, report, testing
 
 ROWS = [*FUNCTIONS, *CONSTRUCTORS, *CALLS, *TAPS, *TESTING]
 CELLS = [cell for row in ROWS for cell in row.cells()]
 
+
 #: Public, but made by the library: `match_layers` and `Distiller.report` return them.
-RESULTS = {"Layer", "LayerMatch", "Report"}
+RESULTS = {"Layer", "LayerMatch", "LevelReport", "Report", "TermReport"}
 
 
 def public() -> set[str]:
     """The callables of the public modules, and the methods that their classes add."""
     names = set()
-    for module in (featkd, f, testing):
+    for module in (featkd, f, matching, report, testing):
         for name in module.__all__:
             value = getattr(module, name)
             if not callable(value) or isinstance(value, featkd.Hyperparameters):
@@ -42,7 +43,7 @@ def public() -> set[str]:
 def parameters_of(name: str) -> set[str]:
     """Those that a caller can give by name, besides a model's own."""
     owner, _, method = name.partition(".")
-    value = getattr(featkd, owner, None) or getattr(testing, owner)
+    value = next(getattr(m, owner) for m in (featkd, matching, testing) if hasattr(m, owner))
     function = getattr(value, method) if method else value
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()

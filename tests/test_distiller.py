@@ -45,7 +45,7 @@ from featkd import (
     from_tokens,
 )
 from featkd.distiller.placement import home, placed
-from featkd.taps.early_stop import left_early
+from featkd.taps.early_stop import stopped_after_last_capture
 
 
 def make(student=4, teacher=6, **options):
@@ -109,7 +109,7 @@ def test_another_path_for_each_model():
     student, teacher = Net(4), HasTrunk(6)
     layers = {level: (path, path.replace("backbone", "trunk")) for level, path in LEVELS.items()}
     distiller = Distiller(student, teacher, distillation_loss(), layers)
-    assert distiller(images())[1]["non_local"] > 0
+    assert distiller(images())[1]["loss_non_local"] > 0
 
 
 class HasTrunk(nn.Module):
@@ -389,7 +389,7 @@ def test_a_teacher_that_is_a_bare_backbone():
 def test_the_output_of_the_shared_part_itself_can_be_tapped():
     layers = {"c1": "backbone.c1", "c2": "backbone"}
     distiller = Distiller(Net(4), Net(6), distillation_loss(), layers, shared_input="backbone")
-    assert distiller(images())[1]["non_local"] > 0
+    assert distiller(images())[1]["loss_non_local"] > 0
 
 
 def test_teacher_forward_replaces_the_call():
@@ -787,7 +787,7 @@ def test_the_towers_of_retinanet_are_levels_each():
     runs = [list_outputs(model.get_submodule(path)) for model in (student, teacher)]
     _, losses = distiller(*batch)
     expected = loss(*(dict(zip(levels, run, strict=True)) for run in runs))
-    close(losses["attention_masked"], expected["attention_masked"])
+    close(losses["loss_attention_masked"], expected["loss_attention_masked"])
     report = distiller.report(*batch)
     assert [level.name for level in report.levels] == levels
     assert {level.teacher_path for level in report.levels} == {path}
@@ -824,7 +824,7 @@ def test_models_that_resize_images_are_sent_to_shared_input():
     batch = detector_images(), detector_targets()
     raises(ValueError, lambda: Distiller(student, teacher, loss, layers)(*batch), "`shared_input`")
     distiller = Distiller(student, teacher, loss, layers, shared_input="backbone")
-    assert distiller(*batch)[1]["attention_masked"] > 0
+    assert distiller(*batch)[1]["loss_attention_masked"] > 0
 
 
 class Masked(Net):
@@ -1054,7 +1054,7 @@ def test_a_forward_is_left_with_the_last_call_that_is_expected(calls):
 
     tap = FeatureTap(model, {"p": "head"}, calls={"p": calls})
     with tap:
-        with left_early(tap):
+        with stopped_after_last_capture(tap):
             run()
         assert len(tap.pop()) == calls
     assert [len(inputs) for inputs in runs] == [calls, 0]
@@ -1063,8 +1063,8 @@ def test_a_forward_is_left_with_the_last_call_that_is_expected(calls):
 def test_a_forward_is_left_for_the_tap_that_has_it_all():
     model = Net()
     outer, inner = FeatureTap(model, ["backbone.c1"]), FeatureTap(model, ["backbone.c2"])
-    with outer, left_early(outer):
-        with inner, left_early(inner):
+    with outer, stopped_after_last_capture(outer):
+        with inner, stopped_after_last_capture(inner):
             model(images())
         pytest.fail("the inner context took the outer's")
     assert outer.pop().keys() == {"backbone.c1"}
@@ -1489,6 +1489,6 @@ def test_a_loss_of_one_level_takes_any_name_for_it():
     loss = FeatureDistillationLoss(8, 12, hyperparameters=ONE_STAGE).double()
     student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU()).double() for c in (8, 12))
     _, losses = Distiller(student, teacher, loss, {"anything": "1"})(images())
-    assert losses["attention_masked"] > 0
+    assert losses["loss_attention_masked"] > 0
     with pytest.raises(ValueError, match="`layers` must have the levels of `loss`"):
         Distiller(student, teacher, loss, {"a": "0", "b": "1"})

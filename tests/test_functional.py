@@ -706,7 +706,7 @@ def test_a_number_may_be_an_integer_of_any_size():
     loss = featkd.FeatureDistillationLoss(3, 3, hyperparameters=settings)
     features = torch.ones(1, 3, 2, 2)
     expected = featkd.attention_transfer_loss(0 * features, features)
-    close(loss(0 * features, features)["attention_transfer"] / 1e30, expected, 1e-6)
+    close(loss(0 * features, features)["loss_attention_transfer"] / 1e30, expected, 1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

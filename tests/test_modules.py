@@ -128,7 +128,7 @@ def test_transfer_and_masks_share_one_reading_of_each_side(
     absolute, teacher_channels, readings, monkeypatch
 ):
     read = []
-    for module in (featkd.losses.overall, featkd.masked, featkd.transfer):
+    for module in (featkd.losses.overall, featkd.losses.masked, featkd.losses.transfer):
 
         def counted(features, *options, maps=module.attention_maps):
             read.append(features)
@@ -827,7 +827,7 @@ def test_hyperparameters_are_frozen_and_can_be_replaced():
 
 # --- the overall loss -----------------------------------------------------------------------------
 
-KEYS = ["attention_transfer", "attention_masked", "non_local"]
+KEYS = ["loss_attention_transfer", "loss_attention_masked", "loss_non_local"]
 STUDENT_CHANNELS, TEACHER_CHANNELS = {"c3": 4, "c4": 6}, {"c3": 4, "c4": 3}
 
 
@@ -859,7 +859,7 @@ def test_the_terms_are_weighted_and_summed_over_the_levels():
     terms = loss(student, teacher)
     assert sorted(terms) == sorted(KEYS)
     for name, weight in zip(KEYS, (0.5, 2.0, 3.0), strict=True):
-        modules = getattr(loss, name)
+        modules = getattr(loss, name.removeprefix("loss_"))
         assert sorted(modules) == ["c3", "c4"]
         expected = weight * sum(modules[level](student[level], teacher[level]) for level in modules)
         close(terms[name], expected)
@@ -879,7 +879,7 @@ def test_the_terms_have_the_gradients_of_the_losses_on_their_own(absolute):
     loss, (student, teacher) = by_level(hyperparameters=settings), levels()
     student = {level: value.requires_grad_() for level, value in student.items()}
     for name, weight in zip(KEYS, (0.5, 2.0, 3.0), strict=True):
-        modules = getattr(loss, name)
+        modules = getattr(loss, name.removeprefix("loss_"))
         alone = weight * sum(modules[level](student[level], teacher[level]) for level in modules)
         inputs = [*student.values(), *modules.parameters()]
         inputs = [value for value in inputs if value.requires_grad]
@@ -919,8 +919,9 @@ def test_a_weight_of_0_builds_nothing_and_does_nothing(index):
     weights[index] = 0
     loss = by_level(hyperparameters=Hyperparameters(*weights, 0.5))
     name = KEYS[index]
-    assert not [key for key in loss.state_dict() if key.startswith(name)]
-    assert not list(getattr(loss, name).parameters())
+    part = name.removeprefix("loss_")
+    assert not [key for key in loss.state_dict() if key.startswith(part)]
+    assert not list(getattr(loss, part).parameters())
     student, teacher = levels()
     terms = loss(student, teacher)
     assert sorted(terms) == sorted(KEYS)
@@ -1003,6 +1004,27 @@ def test_hyperparameters_reach_every_term():
         assert required == [p.requires_grad for p in module.parameters()]
 
 
+def test_the_default_is_the_recommended_preset():
+    loss = FeatureDistillationLoss(6, 3).double()
+    assert loss.hyperparameters == featkd.STANDARDIZED
+    assert FeatureDistillationLoss(6, 3, featkd.ONE_STAGE).hyperparameters == featkd.ONE_STAGE
+    student, teacher = normal(2, 6, 4, 5), normal(2, 3, 4, 5, seed=1)
+    adapted = loss.attention_masked["features"].adapter(student)
+    expected = 4 * featkd.attention_masked_loss(adapted, teacher, standardize=True)
+    terms = loss(student, teacher)
+    close(terms["loss_attention_masked"], expected)
+    assert sum(terms.values()) == terms["loss_attention_masked"]
+
+
+def test_every_term_is_standardised_and_the_masks_by_their_maps_deviation():
+    settings = Hyperparameters(1.0, 1.0, 1.0, 2.0, standardize=True)
+    loss, (student, teacher) = by_level(hyperparameters=settings), levels()
+    terms = loss(student, teacher)
+    scaled = loss(*({k: 100 * v for k, v in maps.items()} for maps in (student, teacher)))
+    for name, value in terms.items():
+        close(scaled[name], value)
+
+
 @pytest.mark.parametrize("argument", [True, False])
 def test_the_argument_normalize_wins_over_the_hyperparameters(argument):
     settings = dataclasses.replace(ALL_TERMS, normalize=not argument)
@@ -1018,8 +1040,8 @@ def test_normalized_terms_start_near_1_for_a_student_of_zeros():
     loss = FeatureDistillationLoss(channels, channels, hyperparameters=settings)
     teacher = {"c3": 1e3 * torch.randn(2, 4, 4, 6), "c4": 1e-3 * torch.randn(2, 6, 2, 3)}
     terms = loss({name: torch.zeros_like(value) for name, value in teacher.items()}, teacher)
-    close(terms["attention_transfer"], 2.0, 1e-5)  # 1 a level
-    close(terms["attention_masked"], 2.0, 1e-5)
+    close(terms["loss_attention_transfer"], 2.0, 1e-5)  # 1 a level
+    close(terms["loss_attention_masked"], 2.0, 1e-5)
 
 
 def test_options_by_level():

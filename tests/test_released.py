@@ -205,9 +205,9 @@ def test_the_preset_gives_every_term_and_the_total(batch_norm):
     load_relations(loss.non_local["features"])
     losses = loss(STUDENT, TEACHER)
     transferred = TERMS["spatial_transfer"] + TERMS["channel_transfer"]
-    agree(losses["attention_transfer"], 4e-3 * transferred)
-    agree(losses["attention_masked"], 7e-5 * TERMS["masked_spatial_only"])
-    agree(losses["non_local"], 7e-5 * TERMS["non_local"])
+    agree(losses["loss_attention_transfer"], 4e-3 * transferred)
+    agree(losses["loss_attention_masked"], 7e-5 * TERMS["masked_spatial_only"])
+    agree(losses["loss_non_local"], 7e-5 * TERMS["non_local"])
     agree(sum(losses.values()), RELEASED["total_two_stage_weights"])
 
 

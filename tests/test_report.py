@@ -95,7 +95,13 @@ def test_each_term_is_judged_by_its_gradient_beside_the_detectors():
     """On what the taps reach: not on the student's head, which the distillation never moves."""
     distiller = make()
     report = distiller.report(images())
-    names = ("detector", "attention_transfer", "attention_masked", "non_local", "distillation")
+    names = (
+        "detector",
+        "loss_attention_transfer",
+        "loss_attention_masked",
+        "loss_non_local",
+        "distillation",
+    )
     norms = {}
     for name in names:
         own, losses = distiller(images())
@@ -118,7 +124,7 @@ def test_frozen_parts_of_the_student_are_left_out():
     report = distiller.report(images())
     assert report.levels[0].adapter_parameters == 8 * 12 + 12
     _, losses = distiller(images())
-    expected = gradient_norm(losses["attention_masked"], distiller.student.backbone.c2)
+    expected = gradient_norm(losses["loss_attention_masked"], distiller.student.backbone.c2)
     assert report.distillation.gradient_norm == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -167,9 +173,9 @@ def test_printed_it_is_a_table():
     assert [line.split("  ")[0] for line in lines[6:12]] == [
         "term",
         "detector",
-        "attention_transfer",
-        "attention_masked",
-        "non_local",
+        "loss_attention_transfer",
+        "loss_attention_masked",
+        "loss_non_local",
         "distillation",
     ]
     assert lines[6].endswith("gradient / detector's")

@@ -14,9 +14,9 @@ from types import FunctionType, ModuleType
 from typing import Any, get_origin
 
 import featkd
-from featkd import functional, testing
+from featkd import functional, matching, report, testing
 
-MODULES = (featkd, functional, testing)
+MODULES = (featkd, functional, matching, report, testing)
 FROZEN = Path(__file__).with_name("public_surface.txt")
 COMMAND = "python tests/test_surface.py"
 

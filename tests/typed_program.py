@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import featkd
 from featkd import testing
+from featkd.matching import Layer, LayerMatch
+from featkd.report import Report
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type  # typing has it from Python 3.11 on
@@ -21,7 +23,7 @@ MAP = torch.zeros(2, 8, 4, 6)
 CHANNELS = {"c3": 8, "c4": 16}
 
 
-def train(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> featkd.Report:
+def train(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> Report:
     settings = featkd.Hyperparameters(alpha=0, beta=1.0, gamma=0, temperature=0.5, fusion="logits")
     loss = featkd.FeatureDistillationLoss(
         CHANNELS, {"c3": 16, "c4": 32}, hyperparameters=settings, subsample={"c3": 4, "c4": 2}
@@ -42,7 +44,7 @@ def train(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> 
         output, losses = distiller.forward(batch)
         assert_type(output, Any)
         assert_type(losses, dict[str, Tensor])
-        assert_type(output + losses["non_local"], Any)
+        assert_type(output + losses["loss_non_local"], Any)
         optimizer.zero_grad()
     assert_type(distiller.teacher, nn.Module)
     report = distiller.report(torch.zeros(2, 3, 64, 96), optimizer=optimizer)
@@ -63,11 +65,11 @@ def tapped(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def matched(student: nn.Module, teacher: nn.Module) -> featkd.FeatureDistillationLoss:
     match = featkd.match_layers(student, teacher, torch.zeros(1, 3, 64, 96), mode="tensor")
-    assert_type(match, featkd.LayerMatch)
+    assert_type(match, LayerMatch)
     assert_type(match.layers, dict[str, tuple[str, str]])
     match = match.select("c3")
     for ours, _ in match.pairs.values():
-        assert_type(ours, featkd.Layer)
+        assert_type(ours, Layer)
         assert_type(ours.channels, int)
     loss = featkd.FeatureDistillationLoss(
         match.student_channels, match.teacher_channels, hyperparameters=featkd.NORMALIZED

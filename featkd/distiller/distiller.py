@@ -14,9 +14,9 @@ from .._checks import require_callable, require_flag, require_losses
 from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
 from ..report.preserve import preserved
-from ..report.report import Report, introduce, make_report
+from ..report.report import Report, log_first_step, make_report
 from ..taps.layouts import Convert, converts_by_side
-from ..taps.paths import pair_of, require_apart, require_module, require_synchronised
+from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised
 from ..taps.tap import FeatureTap
 from .normalization import require_one_normalization
 from .placement import home, placed
@@ -62,7 +62,7 @@ class Distiller(nn.Module):
             `{"c4": (None, featkd.PatchTokens(14, prefix=5))}` for a vision transformer's tokens.
 
     Returns (forward):
-        `(output, losses)`. To validate, call `distiller.student`: the teacher does not run.
+        `(output, losses)`; in `eval` mode `(output, {})`, and the teacher does not run.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -102,8 +102,8 @@ class Distiller(nn.Module):
         super().__init__()
         for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
             require_module(name, module)
-        require_apart("student", student, teacher)
-        require_apart("loss", loss, teacher)
+        require_no_shared_weights("student", student, teacher)
+        require_no_shared_weights("loss", loss, teacher)
         require_synchronised(student, loss)
         if not isinstance(layers, Mapping):
             found = type(layers).__name__
@@ -149,7 +149,7 @@ class Distiller(nn.Module):
         self.student_forward = student_forward
         self.teacher_forward = teacher_forward
         self.early_stop = early_stop
-        self._introduced = False
+        self._logged = False
         self._shared: SharedInput | None = None
         if self.shared_input is not None:
             self._shared = SharedInput(student, teacher, self.shared_input, pairs, convert_input)
@@ -173,10 +173,12 @@ class Distiller(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if not self.training:
+            return (self.student_forward or _call)(self.student, *args, **kwargs), {}
         step = self._step(args, kwargs)
-        if not torch.compiler.is_compiling() and self.training and not self._introduced:
-            self._introduced = True
-            introduce(step, self.loss)
+        if not torch.compiler.is_compiling() and not self._logged:
+            self._logged = True
+            log_first_step(step, self.loss)
         return step.output, step.losses
 
     def report(
@@ -198,7 +200,7 @@ class Distiller(nn.Module):
                 not hold are noted.
 
         Returns:
-            :class:`featkd.Report`; printed, a table.
+            :class:`featkd.report.Report`; printed, a table.
 
         Raises:
             TypeError: `optimizer` has no `param_groups`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..taps.early_stop import left_early
+from ..taps.early_stop import stopped_after_last_capture
 from ..taps.tap import FeatureTap
 
 
@@ -21,7 +21,7 @@ def teacher_features(
     with tap:
         # Raising inside a compiled graph would break it.
         if early_stop and not torch.compiler.is_compiling():
-            with left_early(tap):
+            with stopped_after_last_capture(tap):
                 call()
         else:
             call()

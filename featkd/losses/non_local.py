@@ -21,7 +21,7 @@ from ._options import (
 from .attention import Maps
 from .non_local_block import NonLocalRelation
 from .relation import require_positions
-from .standardize import standardized_distance
+from .standardize import standardize, standardized_distance
 
 
 def non_local_loss(
@@ -99,11 +99,12 @@ class NonLocalLoss(LevelLoss):
         kind, inter_channels, subsample, residual, batch_norm: as in :class:`NonLocalRelation`, for
             both sides.
         teacher_relation: `"fixed"` or `"trained"`, which `batch_norm` needs.
-        reduction, standardize: as in the function.
+        reduction: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
         normalize: divide by the norm of the teacher's relation, the loss of an all-zero student's,
             image by image (beyond the paper).
+        standardize: compare the standardised relations of standardised features (beyond the paper).
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 
@@ -165,6 +166,8 @@ class NonLocalLoss(LevelLoss):
     def _distances(
         self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
     ) -> list[Tensor]:
+        if self.standardize:  # in front of the biases of theta, phi and g, which have a scale
+            student, teacher = standardize(student), standardize(teacher)
         ours = self.adapter(self.student_relation(student))
         theirs = self.teacher_relation(teacher)
         if not self.trained:  # even where its parameters are unfrozen from outside

@@ -47,9 +47,9 @@ class FeatureDistillationLoss(nn.Module):
     names to such tensors.
 
     Returns:
-        The terms `"attention_transfer"`, `"attention_masked"` and `"non_local"` by name, each
-        weighted and summed over the levels, so that
-        `sum((detector_losses | distillation_losses).values())` is the training loss.
+        `"loss_attention_transfer"`, `"loss_attention_masked"` and `"loss_non_local"`, each weighted
+        and summed over the levels. The training loss is then
+        `sum((detector_losses | distillation_losses).values())`.
 
     Raises:
         TypeError: a mapping stands where a tensor belongs or the other way round, or a tensor is
@@ -65,7 +65,7 @@ class FeatureDistillationLoss(nn.Module):
         >>> loss = FeatureDistillationLoss(channels, channels, hyperparameters=ONE_STAGE)
         >>> maps = {"c3": torch.randn(2, 16, 8, 12), "c4": torch.randn(2, 32, 4, 6)}
         >>> sorted(loss(maps, maps))
-        ['attention_masked', 'attention_transfer', 'non_local']
+        ['loss_attention_masked', 'loss_attention_transfer', 'loss_non_local']
     """
 
     def __init__(
@@ -177,9 +177,11 @@ class FeatureDistillationLoss(nn.Module):
                 dims = MAPS["both"]
                 maps[level] = attention_maps(student, dims), attention_maps(teacher, dims)
         return {
-            "attention_transfer": self._term(settings.alpha, self.attention_transfer, pairs, maps),
-            "attention_masked": self._term(settings.beta, self.attention_masked, pairs, maps),
-            "non_local": self._term(settings.gamma, self.non_local, pairs, maps),
+            "loss_attention_transfer": self._term(
+                settings.alpha, self.attention_transfer, pairs, maps
+            ),
+            "loss_attention_masked": self._term(settings.beta, self.attention_masked, pairs, maps),
+            "loss_non_local": self._term(settings.gamma, self.non_local, pairs, maps),
         }
 
     def _term(

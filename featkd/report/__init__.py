@@ -1,5 +1,6 @@
 """A distiller in figures: its levels, and each term's gradient beside the detector's."""
 
-from .report import Report
+from .levels import LevelReport
+from .report import Report, TermReport
 
-__all__ = ["Report"]
+__all__ = ["LevelReport", "Report", "TermReport"]

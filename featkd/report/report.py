@@ -93,7 +93,7 @@ def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: obje
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
 
-def introduce(step: Step, loss: nn.Module) -> None:
+def log_first_step(step: Step, loss: nn.Module) -> None:
     """Logs what a report would say and needs no backward: the levels, and what is wrong.
 
     Of several processes the first alone speaks.

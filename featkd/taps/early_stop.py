@@ -12,7 +12,7 @@ from .tap import FeatureTap
 
 
 @contextmanager
-def left_early(tap: FeatureTap) -> Iterator[None]:
+def stopped_after_last_capture(tap: FeatureTap) -> Iterator[None]:
     """Ends a call of the tap's model with the last capture; torch's modes are then as before.
 
     The exception leaves every `with` of the model by itself; what a model sets by function call, to

@@ -57,7 +57,7 @@ class Store:
 
 
 class ForwardLeft(BaseException):
-    """Ends a forward at the last capture wanted; see `left_early`, which catches it."""
+    """Ends a forward at the last capture wanted; `stopped_after_last_capture` catches it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -29,7 +29,7 @@ def require_module(name: str, module: object) -> None:
         )
 
 
-def require_apart(name: str, module: nn.Module, teacher: nn.Module) -> None:
+def require_no_shared_weights(name: str, module: nn.Module, teacher: nn.Module) -> None:
     """What is trained holds no weight or buffer of the teacher: training would change both."""
     held = {id(value) for value in (*teacher.parameters(), *teacher.buffers())}
     own = (*module.named_parameters(), *module.named_buffers())
