@@ -295,6 +295,21 @@ def transfer_by_functions(**options: Any) -> Callable[[nn.Module, Tensor, Tensor
     return loss
 
 
+def standardized_transfer_by_functions(
+    module: nn.Module, student: Tensor, teacher: Tensor
+) -> Tensor:
+    def standardized(attention: Tensor) -> Tensor:
+        return featkd.standardize(attention.flatten(1)[:, None, :, None]).reshape(attention.shape)
+
+    return featkd.attention_transfer_loss(
+        student,
+        teacher,
+        spatial_adapter=lambda a: module.spatial_adapter(standardized(a)),
+        channel_adapter=lambda a: module.channel_adapter(standardized(a)),
+        standardize=True,
+    )
+
+
 def spatial_transfer_by_functions(module: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
     ours = module.spatial_adapter(featkd.spatial_attention(student)[:, None])[:, 0]
     return l2(ours, featkd.spatial_attention(teacher)).mean()
@@ -477,7 +492,7 @@ MODULE_CASES = [
     _module_case(
         "transfer-standardize",
         TRANSFER,
-        transfer_by_functions(standardize=True),
+        standardized_transfer_by_functions,
         3,
         standardize=True,
     ),

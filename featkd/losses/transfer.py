@@ -21,7 +21,7 @@ from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
 from .attention import MAPS, Maps, attention_maps
-from .standardize import standardized_distance
+from .standardize import standardized, standardized_distance
 
 Adapter = Callable[[Tensor], Tensor]
 
@@ -117,10 +117,11 @@ class AttentionTransferLoss(LevelLoss):
         student_channels: C_S.
         teacher_channels: C_T.
         attention: `"both"` maps (the paper), `"spatial"` or `"channel"` alone (its table 6).
-        absolute, reduction, standardize: as in the function.
+        absolute, reduction: as in the function.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
         normalize: divide by the loss of an all-zero student, image by image (beyond the paper).
+        standardize: as in the function; the student's maps are standardised before the adapters too.
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 
@@ -162,6 +163,8 @@ class AttentionTransferLoss(LevelLoss):
     ) -> list[Tensor]:
         dims = MAPS[self.attention]
         ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
+        if self.standardize:  # in front of the adapters' biases, which have a scale
+            ours = {over: standardized(x, tuple(range(1, x.dim()))) for over, x in ours.items()}
         pairs = []
         if self.spatial_adapter is not None:
             spatial = self.spatial_adapter(ours[OVER_CHANNELS][:, None])
