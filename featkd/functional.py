@@ -5,8 +5,8 @@ the same inputs, computed in float32: for float32 and bfloat16 features of magni
 all float16 ones, up to 100,000 positions and 2,048 channels, on the CPU; of a relation's products
 the size is what counts. A gradient is then rounded once to the dtype of its input: to 0 below 3e-8
 and to inf above 65,504 in float16. "The same sums of absolute values": the formula with every term,
-the output's gradient included, made positive. Float64 inputs are computed in float64. `python
-benchmarks/accuracy.py` measures it.
+the output's gradient included, made positive. Float64 inputs are computed in float64. `python -m
+benchmarks.accuracy` measures it.
 
 **Determinism.** On the CPU equal inputs give equal bits, values and gradients, from run to run with
 one number of threads; another number may change the last digits (seen in the gradients of the

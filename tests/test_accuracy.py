@@ -1,8 +1,6 @@
 """The error bounds that the docstrings publish, and equal bits from run to run."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import featkd
+from benchmarks import accuracy
 from featkd import functional
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import accuracy
 
 BOUNDS = {  # of value and gradients
     "attention_mask": (1e-6, 1e-6),

@@ -1,8 +1,8 @@
 """What distillation gains, by detector and method: the runs, one line each, and their tables.
 
-python benchmarks/study.py run tune        # chooses each method's weight
-python benchmarks/study.py run main        # goes on where a killed command has stopped
-python benchmarks/study.py tables          # results/study.jsonl -> results/study.md and plots
+python -m benchmarks.study run tune        # chooses each method's weight
+python -m benchmarks.study run main        # goes on where a killed command has stopped
+python -m benchmarks.study tables          # results/lines.jsonl -> results/tables.md and plots
 
 The same seed gives the same student start, scenes and data order for every method: paired runs.
 """
@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,12 @@ from typing import Any
 
 import torch
 import torchvision
-from baselines import (
+from torch import nn
+from tqdm import tqdm
+
+import featkd
+from benchmarks.measure import provenance
+from benchmarks.study.methods.baseline import (
     AttentionTransfer,
     ChannelWiseDistillation,
     FeatureOverhaul,
@@ -36,8 +40,7 @@ from baselines import (
     PearsonDistillation,
     move_last_relu,
 )
-from measure import RESULTS, provenance
-from study_tables import (
+from benchmarks.study.tables import (
     against_first,
     best,
     comparison,
@@ -48,16 +51,10 @@ from study_tables import (
     sensitivity_plot,
     teachers_plot,
 )
-from study_variants import featkd_loss
-from torch import nn
-from tqdm import tqdm
-
-import featkd
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, tapped
-from scenes import SIZE, Scenes
-from training import (
+from benchmarks.study.variants import featkd_loss
+from examples.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, TEACHER, Shape, build, tapped
+from examples.scenes import SIZE, Scenes
+from examples.training import (
     MASK_METRICS,
     METRICS,
     Alone,
@@ -67,7 +64,8 @@ from training import (
     write_atomically,
 )
 
-LINES = RESULTS / "study.jsonl"
+RESULTS = Path(__file__).parent / "results"
+LINES = RESULTS / "lines.jsonl"
 COLUMNS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 MASK_COLUMNS = ("mask_ap", "mask_ap50", "mask_ap75")
 Line = dict[str, Any]
@@ -705,7 +703,7 @@ def run_table(options: argparse.Namespace) -> None:
 
 def write_tables(options: argparse.Namespace) -> None:
     lines = read_lines(LINES)
-    parts = ["# Study\n\n`python benchmarks/study.py tables` writes this file and its plots."]
+    parts = ["# Study\n\n`python -m benchmarks.study tables` writes this file and its plots."]
     for name, table in TABLES.items():
         try:
             runs = table(lines)
@@ -716,7 +714,7 @@ def write_tables(options: argparse.Namespace) -> None:
             continue
         left = len(pending(runs, lines))
         unfinished = f" {left} of its runs are not there yet." if left else ""
-        parts.append(f"## {name}\n\n`python benchmarks/study.py run {name}`{unfinished}")
+        parts.append(f"## {name}\n\n`python -m benchmarks.study run {name}`{unfinished}")
         parts.append(report(found))
         if name in ("sensitivity", "choices", "teacher_relation"):
             parts.append(against_first(found))
@@ -730,20 +728,20 @@ def write_tables(options: argparse.Namespace) -> None:
                 "AP points of featkd less those of the others, same seeds:",
                 comparison(*rivals),
             ]
-            gains_plot(*rivals, LINES.with_name("study_gains.png"))
-            parts.append("![paired gains](study_gains.png)")
+            gains_plot(*rivals, LINES.with_name("gains.png"))
+            parts.append("![paired gains](gains.png)")
         if name == "teachers":
-            teachers_plot(found, LINES.with_name("study_teachers.png"))
-            parts.append("![student over teacher](study_teachers.png)")
+            teachers_plot(found, LINES.with_name("teachers.png"))
+            parts.append("![student over teacher](teachers.png)")
         if name == "sensitivity" and not left:
-            sensitivity_plot(found, LINES.with_name("study_sensitivity.png"))
-            parts.append("![AP over each hyperparameter](study_sensitivity.png)")
+            sensitivity_plot(found, LINES.with_name("sensitivity.png"))
+            parts.append("![AP over each hyperparameter](sensitivity.png)")
         if name == "tune":
             chosen = best(found).items()
             items = [f"- {detector}, {method}: {values}" for (detector, method), values in chosen]
             parts.append("\n".join(["Best by mean AP:\n", *items]))
-    LINES.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    print(LINES.with_suffix(".md"))
+    LINES.with_name("tables.md").write_text("\n\n".join(parts) + "\n")
+    print(LINES.with_name("tables.md"))
 
 
 def as_mask_line(line: Line) -> Line:
@@ -766,7 +764,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands.add_parser("tables", help="write the tables").set_defaults(command=write_tables)
     options = parser.parse_args(arguments)
     options.command(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Kinds of error: TIDE is fed rightly, on cases worked by hand; tables and files of the command."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import study  # noqa: E402
-import study_errors  # noqa: E402
-import training  # noqa: E402
+from benchmarks.study import errors as study_errors
+from benchmarks.study import runs as study
+from examples import training
 
 CPU = torch.device("cpu")
 BOX, PART, ELSEWHERE = (10, 10, 30, 50), (10, 10, 30, 22), (60, 60, 90, 80)
@@ -185,16 +182,16 @@ def test_the_command_takes_the_finished_runs_chosen_and_leaves_table_and_plot(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study_errors.main([*command, "--methods", "none", "featkd"])
-    content = json.loads((tmp_path / "study_errors.json").read_text())
+    content = json.loads((tmp_path / "errors.json").read_text())
     found = [(run["detector"], run["seed"], run["method"]) for run in content["runs"]]
     assert len(found) == len(set(found)) == 2 * 2 * 2
     assert {method for *_, method in found} == {"none", "featkd"}
     assert all(tuple(run["errors"]) == study_errors.COLUMNS for run in content["runs"])
     assert {"featkd", "torch", "commit"} <= content["provenance"].keys()
-    assert (tmp_path / "study_errors.png").stat().st_size > 10_000
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| featkd |") == 2
     study_errors.main([*command, "--detector", "fcos"])
-    content = json.loads((tmp_path / "study_errors.json").read_text())
+    content = json.loads((tmp_path / "errors.json").read_text())
     assert len(content["runs"]) == 3 * 2
 
 

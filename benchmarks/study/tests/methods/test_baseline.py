@@ -2,22 +2,16 @@
 
 import copy
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from cases import close, normal
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import featkd
-
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import baselines  # noqa: E402
-import detectors  # noqa: E402
+from benchmarks.study.methods import baseline as baselines
+from examples import detectors
 
 SIZES = {"a": (8.0,), "b": (16.0, 24.0)}
 METHODS = {
@@ -31,6 +25,18 @@ METHODS = {
 every_method = pytest.mark.parametrize("name", METHODS)
 STUDENT, TEACHER = {"a": 3, "b": 4}, {"a": 5, "b": 4}
 IMAGE = (32, 48)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def close(actual, expected, tolerance=1e-10):
+    """Equal up to `tolerance` times the larger of 1 and the largest expected value."""
+    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
+    size = max([1.0, *expected.abs().flatten().tolist()])
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=0, atol=tolerance * size)
 
 
 def make(name, student=STUDENT, teacher=TEACHER, weight=1.0, dtype=torch.float64):

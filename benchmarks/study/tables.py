@@ -1,4 +1,4 @@
-"""From the lines of `study.py` to tables and plots: pure functions of a list of lines.
+"""From the lines of `runs.py` to tables and plots: pure functions of a list of lines.
 
 A cell of a table is what differs in nothing but its seed. AP is in points, 0 to 100.
 """
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from scipy.stats import t
-from study_variants import NAMES, split
 
 import featkd
+from benchmarks.study.variants import NAMES, split
 
 Line = dict[str, Any]
 PLAIN, OURS = "none", "featkd"

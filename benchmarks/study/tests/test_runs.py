@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import study  # noqa: E402
-import study_tables  # noqa: E402
-import study_variants  # noqa: E402
+from benchmarks.study import runs as study
+from benchmarks.study import tables as study_tables
+from benchmarks.study import variants as study_variants
 
 CPU = torch.device("cpu")
 DATA = study.Data(held_out_seed=7, train_images=16, held_out_images=4)
@@ -277,7 +274,7 @@ def test_a_line_of_mask_r_cnn_has_the_masks_metrics_and_becomes_a_row_of_them(
 def test_a_killed_run_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import training
+    from examples import training
 
     whole = study.perform(PLAIN, tmp_path, "cpu")
     (tmp_path / f"{PLAIN.name}.checkpoint.pt").unlink()
@@ -328,7 +325,7 @@ def test_a_table_is_run_once_and_its_lines_become_a_report(
     assert lines_file.read_bytes() == written
 
     study.main(["tables"])
-    report = lines_file.with_suffix(".md").read_text()
+    report = lines_file.with_name("tables.md").read_text()
     assert report.count("| fcos |") == 2
 
 

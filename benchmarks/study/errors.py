@@ -1,12 +1,12 @@
-"""Kinds of error before and after distillation, of the students that `study.py` has trained.
+"""Kinds of error before and after distillation, of the students that `run` has trained.
 
-python benchmarks/study_errors.py --table main --detector fcos --methods none featkd
+python -m benchmarks.study.errors --table main --detector fcos --methods none featkd
 
 TIDE (Bolya et al., ECCV 2020; the package tidecv) says how many points AP at IoU 0.5 would rise if
 no detection had an error of one kind: Cls, the class is wrong; Loc, the box; Both; Dupe, a second
 box on an object; Bkg, a box on no object; Miss, an object without a box. Less is better.
 
-Prints a table and writes `results/study_errors.json` and its plot.
+Prints a table and writes `results/errors.json` and its plot.
 """
 
 import argparse
@@ -18,13 +18,24 @@ from typing import Any
 import tidecv
 import torch
 from matplotlib.figure import Figure
-from measure import RESULTS, provenance
-from study import LINES, TABLES, Line, Run, lines_of, new_detector, read_lines, scenes
-from study_tables import PLAIN, Row, rows
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from training import collate, to_device
+
+from benchmarks.measure import provenance
+from benchmarks.study.runs import (
+    LINES,
+    RESULTS,
+    TABLES,
+    Line,
+    Run,
+    lines_of,
+    new_detector,
+    read_lines,
+    scenes,
+)
+from benchmarks.study.tables import PLAIN, Row, rows
+from examples.training import collate, to_device
 
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 COLUMNS = ("AP50", *KINDS)
@@ -81,7 +92,7 @@ def chosen_runs(
 
 
 def rows_by_column(lines: Sequence[Line]) -> dict[str, list[Row]]:
-    """For AP50 and each kind what :func:`study_tables.rows` says of AP: means, paired changes."""
+    """For AP50 and each kind what :func:`tables.rows` says of AP: means, paired changes."""
     return {
         column: rows([line | {"ap": line["errors"][column] / 100} for line in lines])
         for column in COLUMNS
@@ -138,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", choices=TABLES, default="main")
     parser.add_argument("--detector", nargs="+", help="default: all of the table")
     parser.add_argument("--methods", nargs="+", help="`none` for the plain student; default: all")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="study.py's")
-    parser.add_argument("--lines", type=Path, default=LINES, help="study.py's lines")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of `run`")
+    parser.add_argument("--lines", type=Path, default=LINES, help="the runs' lines")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -165,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(device),
         "runs": [{name: line[name] for name in (*KEPT, "errors")} for line in results],
     }
-    file = options.results / "study_errors.json"
+    file = options.results / "errors.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     plot(table, file.with_suffix(".png"))
     print(report(table))

@@ -16,11 +16,10 @@ from torch import nn
 from torchvision.models import detection, get_model_weights, resnet50
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import study_coco  # noqa: E402
-from scenes import CLASSES, Scenes  # noqa: E402
+from benchmarks.study.coco import runs as study_coco
+from examples.scenes import CLASSES, Scenes
 
+ROOT = Path(study_coco.__file__).parents[3]
 CPU = torch.device("cpu")
 # Labels 1 to 4 of the scenes; COCO's ids have gaps too.
 IDS = (1, 2, 3, 6)
@@ -359,7 +358,7 @@ def test_finished_runs_leave_lines_and_are_not_repeated(
         study_coco.main(arguments)
     assert lines_in(tmp_path) == lines
     study_coco.main(["tables", "--lines", str(tmp_path / "lines.jsonl")])
-    table = (tmp_path / "lines.md").read_text()
+    table = (tmp_path / "tables.md").read_text()
     assert table.count("| retinanet_resnet50_fpn |") == 2
 
 
@@ -415,7 +414,8 @@ def test_two_processes_perform_each_run_together_and_one_finds_nothing_left(
     arguments = command(coco, tmp_path, "--detector", "maskrcnn_resnet50_fpn", "--steps", "1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, study_coco.__file__, *arguments],
+        [*launch, "-m", "benchmarks.study.coco", *arguments],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,14 +1,14 @@
-"""Whether attention lies on the objects: of the teachers that `study.py` has trained, by tap.
+"""Whether attention lies on the objects: of the teachers that `run` has trained, by tap.
 
-python benchmarks/study_attention.py
+python -m benchmarks.study.attention
 
 AUC: the probability that a position with its centre in a box has more spatial attention than one
 outside of all boxes of the image; 0.5 where attention does not tell them apart, less where the
 background has more. `centred`: attention of what a position's features differ by from the map's
-mean, channel by channel (`masks="centred"` in `study_variants.py`). `rms`: the root mean square of
+mean, channel by channel (`masks="centred"` in `variants.py`). `rms`: the root mean square of
 the features, which says what a temperature means.
 
-Prints a table and writes `results/study_attention.json`.
+Prints a table and writes `results/attention.json`.
 """
 
 import argparse
@@ -20,19 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, provenance
-from study import MAIN, Run, Teacher, new_detector, plain_run, scenes, teacher_of
-from study_tables import table
-from study_variants import centred
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import binary_auroc
-from training import collate, to_device
 
 import featkd
-
-# `study` has put the examples on the path.
-from detectors import fpn_outputs, levels_of  # isort: skip
+from benchmarks.measure import provenance
+from benchmarks.study.runs import (
+    MAIN,
+    RESULTS,
+    Run,
+    Teacher,
+    new_detector,
+    plain_run,
+    scenes,
+    teacher_of,
+)
+from benchmarks.study.tables import table
+from benchmarks.study.variants import centred
+from examples.detectors import fpn_outputs, levels_of
+from examples.training import collate, to_device
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 MAPS = {
@@ -91,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="study.py's")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of `run`")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     data = scenes(MAIN.held_out_seed, MAIN.held_out_images)
@@ -104,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for layer, values in found[detector].items():
             body.append((detector, layer, *(f"{values[name]:.2f}" for name in COLUMNS)))
     content = {"provenance": provenance(torch.device("cpu")), "taps": found}
-    (options.results / "study_attention.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.results / "attention.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table([("detector", "tap", *COLUMNS), *body]))
 
 

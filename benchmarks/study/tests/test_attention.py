@@ -1,7 +1,6 @@
 """Whether attention lies on the objects: positions and AUC on cases worked by hand; the command."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import study  # noqa: E402
-import study_attention  # noqa: E402
+from benchmarks.study import attention as study_attention
+from benchmarks.study import runs as study
 
 BOX = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
 
@@ -73,7 +70,7 @@ def test_the_command_writes_what_it_prints(
         model = study.new_detector(run, "teacher", run.teacher.shape)
         torch.save(model.state_dict(), tmp_path / f"{run.name}.pt")
     study_attention.main(["--output", str(tmp_path), "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "study_attention.json").read_text())["taps"]
+    found = json.loads((tmp_path / "attention.json").read_text())["taps"]
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 18
     for row, (detector, layer) in zip(

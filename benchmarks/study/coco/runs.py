@@ -1,7 +1,7 @@
 """The study at full size: torchvision's stock detectors on COCO, every run over all processes.
 
-torchrun --nproc-per-node 8 benchmarks/study_coco.py run --coco DIR    # goes on after a kill
-python benchmarks/study_coco.py tables       # results/study_coco.jsonl -> results/study_coco.md
+torchrun --nproc-per-node 8 -m benchmarks.study.coco run --coco DIR    # goes on after a kill
+python -m benchmarks.study.coco tables     # results/coco/lines.jsonl -> results/coco/tables.md
 
 DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json.
 """
@@ -20,17 +20,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from baselines import FineGrainedImitation
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
-from measure import RESULTS, provenance
-from study import (
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection
+from torchvision.models import detection, get_model_weights, list_models
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+import featkd
+from benchmarks.measure import provenance
+from benchmarks.study.methods.baseline import FineGrainedImitation
+from benchmarks.study.runs import (
     CANDIDATES,
     COLUMNS,
     FPN,
     LOSES_AT_FPN,
     LOSSES,
     NEEDS_RELU,
+    RESULTS,
     Line,
     Run,
     Teacher,
@@ -42,24 +54,11 @@ from study import (
     teacher_ap,
     teacher_of,
 )
-from study_tables import report
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection
-from torchvision.models import detection, get_model_weights, list_models
-from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
-from training_step import CHANNELS, LAYERS
-
-import featkd
-
-# `study` has put the examples on the path.
-from coco import CocoError, has_area, read_annotations  # isort: skip
-from detectors import fpn_outputs, levels_of  # isort: skip
-from training import (  # isort: skip
+from benchmarks.study.tables import report
+from benchmarks.training_step import CHANNELS, LAYERS
+from examples.coco import CocoError, has_area, read_annotations
+from examples.detectors import fpn_outputs, levels_of
+from examples.training import (
     Alone,
     Curve,
     Settings,
@@ -74,7 +73,7 @@ from training import (  # isort: skip
     write_atomically,
 )
 
-LINES = RESULTS / "study_coco.jsonl"
+LINES = RESULTS / "coco" / "lines.jsonl"
 TRAIN, HELD_OUT = "train2017", "val2017"
 BACKBONE_WEIGHTS = "IMAGENET1K_V1"
 WEIGHTS_HELP = "torch.hub's folder, where missing files are downloaded to, or none: random weights"
@@ -108,8 +107,8 @@ DETECTORS = {
     "maskrcnn_resnet50_fpn": Detector(0.02, "maskrcnn_resnet50_fpn_v2", featkd.TWO_STAGE),
 }
 TEACHERS = [name for name in list_models(module=detection) if "resnet50_fpn" in name]
-# The baselines' weights lie within the range of `study.py`: nothing here is tuned on COCO. Taps
-# too are those of the small study.
+# The baselines' weights lie within the range of the small study, and the taps are its own: nothing
+# here is tuned on COCO.
 METHODS = {
     "none": {},
     "printed": {},
@@ -477,9 +476,9 @@ def weights_folder(value: str) -> str | None:
 
 
 def write_tables(options: argparse.Namespace) -> None:
-    parts = ["# Study on COCO", "`python benchmarks/study_coco.py tables` writes this file."]
+    parts = ["# Study on COCO", "`python -m benchmarks.study.coco tables` writes this file."]
     parts.append(report(read_lines(options.lines)))
-    file = options.lines.with_suffix(".md")
+    file = options.lines.with_name("tables.md")
     file.write_text("\n\n".join(parts) + "\n")
     print(file)
 
@@ -512,7 +511,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--lines", type=Path, default=LINES, help="the results' file")
     options = parser.parse_args(arguments)
     options.command(options)
-
-
-if __name__ == "__main__":
-    main()
