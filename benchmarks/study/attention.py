@@ -1,6 +1,6 @@
 """Whether attention lies on the objects: of the teachers that `run` has trained, by tap.
 
-python -m benchmarks.study.attention
+python -m benchmarks.study attention
 
 AUC: the probability that a position with its centre in a box has more spatial attention than one
 outside of all boxes of the image; 0.5 where attention does not tell them apart, less where the
@@ -13,7 +13,6 @@ Prints a table and writes `results/attention.json`.
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -26,17 +25,11 @@ from torchmetrics.functional.classification import binary_auroc
 
 import featkd
 from benchmarks.measure import provenance
-from benchmarks.study.runs import (
-    MAIN,
-    RESULTS,
-    Run,
-    Teacher,
-    new_detector,
-    plain_run,
-    scenes,
-    teacher_of,
-)
+from benchmarks.study.lines import RESULTS
+from benchmarks.study.plan import MAIN
+from benchmarks.study.runs import Teacher, plain_run, teacher_of
 from benchmarks.study.tables import table
+from benchmarks.study.train import scenes, trained
 from benchmarks.study.variants import centred
 from examples.detectors import fpn_outputs, levels_of
 from examples.training import collate, to_device
@@ -87,25 +80,24 @@ def measured(
     return {layer: columns | {"rms": sqrt(columns["rms"])} for layer, columns in means.items()}
 
 
-def trained_teacher(run: Run, folder: Path) -> nn.Module:
-    teacher = new_detector(run, "teacher", run.teacher.shape)
-    weights = torch.load(folder / f"{run.name}.pt", map_location="cpu", weights_only=True)
-    teacher.load_state_dict(weights)
-    return teacher
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "attention",
+        help="whether the trained teachers' attention lies on the objects",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="of `run`")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
+    parser.set_defaults(command=write_attention)
+
+
+def write_attention(options: argparse.Namespace) -> None:
     data = scenes(MAIN.held_out_seed, MAIN.held_out_images)
     found, body = {}, []
     for detector in DETECTORS:
         run = teacher_of(replace(plain_run(detector, 0, MAIN), teacher=Teacher()))
-        teacher = trained_teacher(run, options.output)
+        teacher = trained(run, options.output)
         paths = [*levels_of(teacher), *fpn_outputs(teacher).values()]
         found[detector] = measured(teacher, paths, data)
         for layer, values in found[detector].items():
@@ -113,7 +105,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content = {"provenance": provenance(torch.device("cpu")), "taps": found}
     (options.results / "attention.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table([("detector", "tap", *COLUMNS), *body]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Kinds of error before and after distillation, of the students that `run` has trained.
 
-python -m benchmarks.study.errors --table main --detector fcos --methods none featkd
+python -m benchmarks.study errors --table main --detector fcos --methods none featkd
 
 TIDE (Bolya et al., ECCV 2020; the package tidecv) says how many points AP at IoU 0.5 would rise if
 no detection had an error of one kind: Cls, the class is wrong; Loc, the box; Both; Dupe, a second
@@ -23,22 +23,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import provenance
-from benchmarks.study.runs import (
-    LINES,
-    RESULTS,
-    TABLES,
-    Line,
-    Run,
-    lines_of,
-    new_detector,
-    read_lines,
-    scenes,
-)
-from benchmarks.study.tables import PLAIN, Row, rows
+from benchmarks.study.cells import PLAIN, Row, rows
+from benchmarks.study.lines import LINES, RESULTS, lines_of, read_lines
+from benchmarks.study.plan import TABLES
+from benchmarks.study.runs import Line, Run
+from benchmarks.study.tables import table
+from benchmarks.study.train import scenes, trained
 from examples.training import collate, to_device
 
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 COLUMNS = ("AP50", *KINDS)
+CHOICES = ("table", "detector", "methods", "device")
 KEPT = ("detector", "method", "seed", "hyperparameters", "student", "teacher", "steps", "data")
 
 
@@ -68,13 +63,6 @@ def corner_and_size(boxes: torch.Tensor) -> list[list[float]]:
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
 
 
-def trained_student(run: Run, folder: Path, device: torch.device) -> nn.Module:
-    student = new_detector(run, "student", run.student)
-    weights = torch.load(folder / f"{run.name}.pt", map_location="cpu", weights_only=True)
-    student.load_state_dict(weights)
-    return student.to(device)
-
-
 def chosen_runs(
     lines: Iterable[Line],
     table: str,
@@ -92,22 +80,21 @@ def chosen_runs(
 
 
 def rows_by_column(lines: Sequence[Line]) -> dict[str, list[Row]]:
-    """For AP50 and each kind what :func:`tables.rows` says of AP: means, paired changes."""
+    """For AP50 and each kind what :func:`cells.rows` says of AP: means, paired changes."""
     return {
         column: rows([line | {"ap": line["errors"][column] / 100} for line in lines])
         for column in COLUMNS
     }
 
 
-def report(table: dict[str, list[Row]]) -> str:
+def report(columns: dict[str, list[Row]]) -> str:
     """A table in Markdown: means, and in brackets the paired change to the plain student."""
-    header = ("detector", "method", "setting", "n", *COLUMNS)
-    lines = [header, ("---",) * len(header)]
-    for cell in zip(*table.values(), strict=True):
+    body = [("detector", "method", "setting", "n", *COLUMNS)]
+    for cell in zip(*columns.values(), strict=True):
         first = cell[0]
         place = (first.detector, first.method, first.setting, str(first.ap.n))
-        lines.append((*place, *map(entry, cell)))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        body.append((*place, *map(entry, cell)))
+    return table(body)
 
 
 def entry(row: Row) -> str:
@@ -115,13 +102,13 @@ def entry(row: Row) -> str:
     return f"{row.ap.mean:.2f}{change}"
 
 
-def plot(table: dict[str, list[Row]], file: Path) -> None:
+def plot(columns: dict[str, list[Row]], file: Path) -> None:
     """By detector: the points that each kind takes, and below their paired changes."""
-    detectors = list(dict.fromkeys(row.detector for row in table["AP50"]))
+    detectors = list(dict.fromkeys(row.detector for row in columns["AP50"]))
     figure = Figure(figsize=(1 + 4.5 * len(detectors), 6), layout="constrained")
     axes = figure.subplots(2, len(detectors), sharex="col", sharey="row", squeeze=False)
     for (means, changes), detector in zip(axes.T, detectors, strict=True):
-        own = [[row for row in table[kind] if row.detector == detector] for kind in KINDS]
+        own = [[row for row in columns[kind] if row.detector == detector] for kind in KINDS]
         cells = list(zip(*own, strict=True))
         for index, cell in enumerate(cells):
             at = [x + 0.8 * ((index + 0.5) / len(cells) - 0.5) for x in range(len(KINDS))]
@@ -142,9 +129,12 @@ def plot(table: dict[str, list[Row]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "errors",
+        help="kinds of error of the trained students",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--table", choices=TABLES, default="main")
     parser.add_argument("--detector", nargs="+", help="default: all of the table")
@@ -153,7 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lines", type=Path, default=LINES, help="the runs' lines")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
+    parser.set_defaults(command=write_errors)
+
+
+def write_errors(options: argparse.Namespace) -> None:
     lines, device = read_lines(options.lines), torch.device(options.device)
     try:
         runs = chosen_runs(lines, options.table, options.detector, options.methods)
@@ -167,20 +160,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for run in tqdm(runs, unit="run"):
         data = scenes(run.data.held_out_seed, run.data.held_out_images)
-        errors = errors_of(trained_student(run, options.output, device), data, device)
+        errors = errors_of(trained(run, options.output).to(device), data, device)
         results.append(lines_of([run], lines)[0] | {"errors": errors})
-    table = rows_by_column(results)
+    columns = rows_by_column(results)
     content = {
-        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "arguments": {name: str(getattr(options, name)) for name in CHOICES},
         "tidecv": tidecv.__version__,
         "provenance": provenance(device),
         "runs": [{name: line[name] for name in (*KEPT, "errors")} for line in results],
     }
     file = options.results / "errors.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
-    plot(table, file.with_suffix(".png"))
-    print(report(table))
-
-
-if __name__ == "__main__":
-    main()
+    plot(columns, file.with_suffix(".png"))
+    print(report(columns))

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.study import attention as study_attention
-from benchmarks.study import runs as study
+from benchmarks.study import attention
+from benchmarks.study.__main__ import main
+from benchmarks.study.attention import DETECTORS, inside, measured
+from benchmarks.study.plan import MAIN
+from benchmarks.study.runs import Teacher, plain_run, teacher_of
+from benchmarks.study.train import new_detector
 
 BOX = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
 
@@ -36,8 +40,8 @@ class Model(nn.Module):
 
 def test_a_position_is_inside_where_its_centre_is() -> None:
     # centres at 1 and 3 of 4 pixels: the box ends at x = 3, exclusive, and y = 2
-    assert study_attention.inside(BOX, 4, 2, 2).tolist() == [[True, False], [False, False]]
-    assert not study_attention.inside(BOX[:0], 4, 2, 2).any()
+    assert inside(BOX, 4, 2, 2).tolist() == [[True, False], [False, False]]
+    assert not inside(BOX[:0], 4, 2, 2).any()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,7 @@ def test_the_auc_of_attention_and_the_size_of_the_features(
     features: list[list[float]], plain: float, centred: float
 ) -> None:
     picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    found = study_attention.measured(Model(features), ["stage"], [(picture, {"boxes": BOX})])
+    found = measured(Model(features), ["stage"], [(picture, {"boxes": BOX})])
     assert found["stage"]["attention"] == pytest.approx(plain)
     assert found["stage"]["centred"] == pytest.approx(centred)
     squares = [value**2 for channel in features for value in channel]
@@ -63,13 +67,13 @@ def test_the_auc_of_attention_and_the_size_of_the_features(
 def test_the_command_writes_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = replace(study.MAIN, train_images=4, held_out_images=4)
-    monkeypatch.setattr(study_attention, "MAIN", data)
-    for detector in study_attention.DETECTORS:
-        run = study.teacher_of(replace(study.plain_run(detector, 0, data), teacher=study.Teacher()))
-        model = study.new_detector(run, "teacher", run.teacher.shape)
+    data = replace(MAIN, train_images=4, held_out_images=4)
+    monkeypatch.setattr(attention, "MAIN", data)
+    for detector in DETECTORS:
+        run = teacher_of(replace(plain_run(detector, 0, data), teacher=Teacher()))
+        model = new_detector(run, "teacher", run.teacher.shape)
         torch.save(model.state_dict(), tmp_path / f"{run.name}.pt")
-    study_attention.main(["--output", str(tmp_path), "--results", str(tmp_path)])
+    main(["attention", "--output", str(tmp_path), "--results", str(tmp_path)])
     found = json.loads((tmp_path / "attention.json").read_text())["taps"]
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 18
