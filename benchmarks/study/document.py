@@ -13,6 +13,8 @@ from benchmarks.study.tables import against_first, comparison, contestants, gain
 def write(file: Path) -> None:
     """`tables.md` and its plots beside the lines' file."""
     lines = read_lines(file)
+    if not lines:
+        raise SystemExit(f"no line of a run in {file}")
     parts = ["# Study\n\n`python -m benchmarks.study tables` writes this file and its plots."]
     for name, table in TABLES.items():
         try:

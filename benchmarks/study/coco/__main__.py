@@ -116,8 +116,11 @@ def agreed(value: Any) -> Any:
 
 
 def write_tables(options: argparse.Namespace) -> None:
+    lines = read_lines(options.lines)
+    if not lines:
+        raise SystemExit(f"no line of a run in {options.lines}")
     parts = ["# Study on COCO", "`python -m benchmarks.study.coco tables` writes this file."]
-    parts.append(report(read_lines(options.lines)))
+    parts.append(report(lines))
     file = options.lines.with_name("tables.md")
     file.write_text("\n\n".join(parts) + "\n")
     print(file)

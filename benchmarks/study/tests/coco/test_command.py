@@ -85,6 +85,11 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert not (tmp_path / "lines.jsonl").exists()
 
 
+def test_no_line_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no line of a run in"):
+        job.main(["tables", "--lines", str(tmp_path / "lines.jsonl")])
+
+
 def test_a_folder_that_is_not_coco_s_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--coco"):
         job.main(command(tmp_path, tmp_path))
