@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import featkd
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 3
 # What each is started with beside the steps, and the checkpoint that it leaves.
 CHECKPOINTS = {
@@ -67,9 +66,8 @@ def start(name: str, folder: Path, *arguments: str) -> Run:
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(str(EXAMPLES))
         torch.set_num_threads(1)
-        example = importlib.import_module(name)
+        example = importlib.import_module(f"examples.{name}")
         build = example.build_distiller
 
         def build_and_count(*options: object) -> featkd.Distiller:
@@ -159,11 +157,8 @@ def test_the_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert {int(value["step"]) for value in state.values()} == {3}
 
 
-def test_lightning_moves_the_teacher_in_on_fit_start_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("lightning_module").DistilledDetector().to("meta")
+def test_lightning_moves_the_teacher_in_on_fit_start_alone() -> None:
+    module = importlib.import_module("examples.lightning_module").DistilledDetector().to("meta")
     teacher = module.distiller.teacher
     assert next(teacher.parameters()).device.type == "cpu"
     module.on_fit_start()

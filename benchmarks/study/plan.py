@@ -27,7 +27,7 @@ from benchmarks.study.settings import (
     TWO_STAGE_AT_FPN,
     settings_of,
 )
-from examples.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, Shape
+from examples.detection.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, Shape
 
 # Weights and settings are chosen on other seeds and other held-out scenes than those reported.
 MAIN, TUNE = Data(2**32), Data(2**31)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from typing import Any
 
-from examples.detectors import STUDENT, TEACHER, Shape
+from examples.detection.detectors import STUDENT, TEACHER, Shape
 
 Line = dict[str, Any]
 

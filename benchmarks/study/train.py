@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
 from benchmarks.study.runs import Line, Run, teacher_of
-from examples.detectors import MASK_RCNN, Shape, build, tapped
-from examples.scenes import SIZE, Scenes
-from examples.training import (
+from examples.detection.detectors import MASK_RCNN, Shape, build, tapped
+from examples.detection.scenes import SIZE, Scenes
+from examples.detection.training import (
     MASK_METRICS,
     METRICS,
     Alone,

@@ -38,8 +38,8 @@ from benchmarks.study.lines import (
 )
 from benchmarks.study.runs import Line, Run
 from benchmarks.study.tables import report
-from examples.coco import CocoError, read_annotations
-from examples.training import Settings, join_processes, world, write_atomically
+from examples.detection.coco import CocoError, read_annotations
+from examples.detection.training import Settings, join_processes, world, write_atomically
 
 LINES = RESULTS / "coco" / "lines.jsonl"
 WEIGHTS_HELP = "torch.hub's folder, where missing files are downloaded to, or none: random weights"

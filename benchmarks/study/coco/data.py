@@ -14,7 +14,7 @@ from torchvision.datasets import CocoDetection
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
-from examples.coco import is_object
+from examples.detection.coco import is_object
 
 TRAIN, HELD_OUT = "train2017", "val2017"
 

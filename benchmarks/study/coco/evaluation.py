@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.study.coco.data import CocoSplit
 from benchmarks.study.lines import COLUMNS
-from examples.training import Settings, collate, world
+from examples.detection.training import Settings, collate, world
 
 Detection = dict[str, Any]
 

@@ -17,8 +17,8 @@ from benchmarks.study.coco.runs import BACKBONE_WEIGHTS, Shape, file_name
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.runs import Run
 from benchmarks.training_step import CHANNELS, LAYERS
-from examples.detectors import fpn_outputs, levels_of
-from examples.training import (
+from examples.detection.detectors import fpn_outputs, levels_of
+from examples.detection.training import (
     Alone,
     Curve,
     Settings,

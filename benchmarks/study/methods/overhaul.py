@@ -93,7 +93,7 @@ def move_last_relu(stage: nn.Sequential) -> None:
     """Moves the last ReLU of a torchvision ResNet's stage out of its last block, in place.
 
     After `move_last_relu(model.backbone.body.layer2)` the path `backbone.body.layer2.N`, N the last
-    block's index (0 in `examples/detectors.py`), is the sum that enters the ReLU. The network
+    block's index (0 in the main job's), is the sum that enters the ReLU. The network
     computes the same, and its `state_dict()` has the same keys.
     """
     block = stage[-1]

@@ -17,8 +17,8 @@ from benchmarks.study.plan import TABLES
 from benchmarks.study.runs import Data, Run, Teacher, distilled, plain_run
 from benchmarks.study.settings import CANDIDATES
 from benchmarks.study.train import new_detector, trained
-from examples import training
-from examples.scenes import Scenes
+from examples.detection import training
+from examples.detection.scenes import Scenes
 
 CPU = torch.device("cpu")
 BOX, PART, ELSEWHERE = (10, 10, 30, 50), (10, 10, 30, 22), (60, 60, 90, 80)

@@ -16,8 +16,8 @@ from benchmarks.study.runs import identity, teacher_of
 from benchmarks.study.settings import CANDIDATES, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
-from examples import training
-from examples.detectors import BACKBONES
+from examples.detection import training
+from examples.detection.detectors import BACKBONES
 
 
 @pytest.fixture

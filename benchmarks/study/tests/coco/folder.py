@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from examples.scenes import CLASSES, Scenes
+from examples.detection.scenes import CLASSES, Scenes
 
 CPU = torch.device("cpu")
 # Labels 1 to 4 of the scenes; COCO's ids have gaps too.

@@ -13,7 +13,7 @@ from benchmarks.study.coco.data import CocoSplit
 from benchmarks.study.coco.evaluation import evaluate
 from benchmarks.study.lines import COLUMNS
 from benchmarks.study.tests.coco.folder import CPU, IDS
-from examples.training import Settings
+from examples.detection.training import Settings
 
 SETTINGS = Settings(2, 0.01, 0, CPU, False, 0, 1, 0, 1.0)
 

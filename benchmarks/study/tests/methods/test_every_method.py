@@ -9,7 +9,7 @@ from torch import nn
 import featkd
 from benchmarks.study.methods import METHODS
 from benchmarks.study.tests.methods.helpers import STUDENT, TEACHER, close, features, make, value
-from examples.detectors import build
+from examples.detection.detectors import build
 
 every_method = pytest.mark.parametrize("name", METHODS)
 

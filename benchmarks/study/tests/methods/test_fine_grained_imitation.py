@@ -16,7 +16,7 @@ from benchmarks.study.tests.methods.helpers import (
     see_boxes,
     value,
 )
-from examples.detectors import build
+from examples.detection.detectors import build
 
 
 def imitated(*boxes, sizes, psi=0.5, stride=8, ratios=(1.0,)):

@@ -26,7 +26,7 @@ from benchmarks.study.tests.methods.helpers import (
     normal,
     value,
 )
-from examples.detectors import build
+from examples.detection.detectors import build
 
 
 def test_the_partial_distance_leaves_out_a_student_under_a_negative_target():

@@ -1,9 +1,9 @@
 """Trains a torchvision detector with and without feature distillation, side by side.
 
-python examples/distill_detector.py                     # generated scenes, two CPU cores
-python examples/distill_detector.py --quick             # the same path in a minute
-python examples/distill_detector.py --data coco --images DIR --annotations FILE
-torchrun --nproc_per_node 2 --max-restarts 1 examples/distill_detector.py
+python -m examples.detection                     # generated scenes, two CPU cores
+python -m examples.detection --quick             # the same path in a minute
+python -m examples.detection --data coco --images DIR --annotations FILE
+torchrun --nproc_per_node 2 --max-restarts 1 -m examples.detection
 """
 
 import argparse
@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from coco import CocoError, CocoFolder
-from detectors import COMPACT, STOCK, build, tapped
-from report import write_report
-from scenes import Scenes
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from training import (
+
+import featkd
+from examples.detection.coco import CocoError, CocoFolder
+from examples.detection.detectors import COMPACT, STOCK, build, tapped
+from examples.detection.report import write_report
+from examples.detection.scenes import Scenes
+from examples.detection.training import (
     Alone,
     Curve,
     Settings,
@@ -32,8 +34,6 @@ from training import (
     world,
     write_atomically,
 )
-
-import featkd
 
 PRESETS = {
     "fpn_outputs": featkd.FPN_OUTPUTS,
@@ -58,7 +58,9 @@ FREE = {"resume", "workers", "checkpoint_every", "output"}
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.detection",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--detector", choices=(*COMPACT, *STOCK), default="fcos")

@@ -9,16 +9,16 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torchvision
-from detectors import LEVELS, fpn_outputs
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import nms
-from training import METRICS, Curve, collate
 
 import featkd
+from examples.detection.detectors import LEVELS, fpn_outputs
+from examples.detection.training import METRICS, Curve, collate
 
 TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 TEMPERATURES = (0.5, 1.0, 4.0, 16.0)
