@@ -1,6 +1,6 @@
 """The error of every function's value and gradients against float64 of the same, rounded inputs.
 
-python benchmarks/accuracy.py
+python -m benchmarks.accuracy
 """
 
 import argparse
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import table, write
 from torch import Tensor
 
+from benchmarks.measure import table, write
 from featkd import functional
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

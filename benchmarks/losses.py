@@ -1,6 +1,6 @@
 """Time and peak memory of L_AM and L_AT, forward and backward, against the plain formulas.
 
-python benchmarks/losses.py [--device cuda] [--no-compile]
+python -m benchmarks.losses [--device cuda] [--no-compile]
 """
 
 import argparse
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import plain
 import torch
-from measure import interleaved, peak_bytes, spread, table, write
 from torch import Tensor, nn
 
 import featkd
+from benchmarks import plain
+from benchmarks.measure import interleaved, peak_bytes, spread, table, write
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,13 +1,14 @@
 """Draws the figures of `results/*.json` beside them.
 
-python benchmarks/plots.py
+python -m benchmarks.plots
 """
 
 import json
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measure import RESULTS
+
+from benchmarks.measure import RESULTS
 
 Rows = list[dict[str, Any]]
 

@@ -1,6 +1,6 @@
 """Time, peak memory and growth of the four relations, against the matrix of all pairs.
 
-    python benchmarks/relations.py [--device cuda]
+    python -m benchmarks.relations [--device cuda]
 
 Where `mmcv-lite` is installed its `NonLocal2d` is timed too, forward only: in concatenation mode
 its backward raises an error.
@@ -14,12 +14,12 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import plain
 import torch
-from measure import peak_bytes, seconds, spread, table, write
 from torch import Tensor
 
 import featkd
+from benchmarks import plain
+from benchmarks.measure import peak_bytes, seconds, spread, table, write
 
 POSITIONS = (1024, 2048, 4096, 8192, 16384, 32768, 60800)
 GAUSSIAN_POSITIONS = (1024, 2048, 4096, 60800)  # exact softmax attention: quadratic in time

@@ -1,6 +1,6 @@
 """What a distilled step communicates and holds on each rank: computed from the models, not timed.
 
-python benchmarks/scaling.py [--student retinanet_resnet50_fpn --teacher resnet152 --ranks 4 16]
+python -m benchmarks.scaling [--student retinanet_resnet50_fpn --teacher resnet152 --ranks 4 16]
 """
 
 import argparse

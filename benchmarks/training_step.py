@@ -1,6 +1,6 @@
 """What distillation adds to a training step of torchvision's R50 detectors.
 
-python benchmarks/training_step.py [--device cuda --size 800 --batch-size 4]
+python -m benchmarks.training_step [--device cuda --size 800 --batch-size 4]
 """
 
 import argparse
@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import interleaved, spread, table, write
 from torch import Tensor, nn
 from torchvision.models import detection
 
 import featkd
+from benchmarks.measure import interleaved, spread, table, write
 
 DETECTORS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
 LAYERS = {"c3": "backbone.body.layer2", "c4": "backbone.body.layer3", "c5": "backbone.body.layer4"}

@@ -1,15 +1,15 @@
-"""Distillation of RT-DETR under Hugging Face's Trainer: python examples/hf_trainer.py --steps 20"""
+"""Distillation of RT-DETR under Hugging Face's Trainer: python -m examples.hf_trainer --steps 20"""
 
 import argparse
 from typing import Any
 
 import torch
 import transformers
-from scenes import CLASSES, SIZE, Scenes
 from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
 import featkd
+from examples.detection.scenes import CLASSES, SIZE, Scenes
 
 
 def detector(width: int) -> RTDetrForObjectDetection:

@@ -1,16 +1,16 @@
-"""Distillation under Lightning's Trainer: python examples/lightning_module.py --steps 20"""
+"""Distillation under Lightning's Trainer: python -m examples.lightning_module --steps 20"""
 
 import argparse
 
 import lightning
 import torch
-from detectors import build
-from scenes import SIZE, Scenes
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
 
 import featkd
+from examples.detection.detectors import build
+from examples.detection.scenes import SIZE, Scenes
 
 
 def build_distiller() -> featkd.Distiller:

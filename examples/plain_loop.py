@@ -1,16 +1,16 @@
-"""Distillation in a plain loop, with checkpoint and evaluation: python examples/plain_loop.py"""
+"""Distillation in a plain loop, with checkpoint and evaluation: python -m examples.plain_loop"""
 
 import argparse
 from pathlib import Path
 
 import torch
-from detectors import build
-from scenes import SIZE, Scenes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
 
 import featkd
+from examples.detection.detectors import build
+from examples.detection.scenes import SIZE, Scenes
 
 
 def build_distiller() -> featkd.Distiller:

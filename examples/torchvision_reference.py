@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectors import build
-from plain_loop import collate, evaluate  # references/detection has its own
-from scenes import SIZE, Scenes
 from torch.utils.data import DataLoader
 
 import featkd
+from examples.detection.detectors import build
+from examples.detection.scenes import SIZE, Scenes
+from examples.plain_loop import collate, evaluate  # references/detection has its own
 
 
 def build_distiller(device="cpu"):

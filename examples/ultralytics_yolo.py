@@ -1,4 +1,4 @@
-"""YOLOs: python examples/ultralytics_yolo.py teacher=yolo11s.pt model=yolo11n.pt data=coco8.yaml"""
+"""YOLOs: python -m examples.ultralytics_yolo teacher=yolo11s.pt model=yolo11n.pt data=coco8.yaml"""
 
 import argparse
 from contextlib import ExitStack

@@ -1,16 +1,16 @@
-"""A vision transformer teaches a detector at several image sizes: python examples/vit_teacher.py"""
+"""A vision transformer teaches a detector at several image sizes: python -m examples.vit_teacher"""
 
 import argparse
 from pathlib import Path
 
 import torch
-from detectors import build
-from plain_loop import collate, evaluate
-from scenes import SIZE, Scenes
 from torch.utils.data import DataLoader
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import featkd
+from examples.detection.detectors import build
+from examples.detection.scenes import SIZE, Scenes
+from examples.plain_loop import collate, evaluate
 
 PATCH, REGISTERS, WIDTH = 14, 4, 64
 

@@ -97,7 +97,7 @@ NORMALIZED = Hyperparameters(
 )
 """L_AM alone, squared and in units of its value for an all-zero student; beyond the paper.
 
-Chosen by `benchmarks/study.py` (tables tune and presets, FCOS, 2 seeds each) on scenes that no
+Chosen by `benchmarks/study` (tables tune and presets, FCOS, 2 seeds each) on scenes that no
 other table uses, for taps at the backbone's stages.
 """
 
@@ -105,7 +105,7 @@ FPN_OUTPUTS = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=4.0
 """The weights of :data:`ONE_STAGE` at T = 4, for taps at an FPN's outputs; beyond the paper.
 
 T = 4 suits features whose root mean square is 1 to 5; the smaller they are, the more even the
-masks. Chosen by `benchmarks/study.py` (table taps, Faster R-CNN, RetinaNet and FCOS, 2 seeds each)
+masks. Chosen by `benchmarks/study` (table taps, Faster R-CNN, RetinaNet and FCOS, 2 seeds each)
 on scenes that no other table uses.
 """
 

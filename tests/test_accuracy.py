@@ -1,7 +1,6 @@
 """The error bounds that docs/numerics.md publishes, and equal bits from run to run."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import featkd
+from benchmarks import accuracy
 from featkd import functional
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import accuracy
 
 TABLE = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text()
 BOUNDS = {  # of value and gradients

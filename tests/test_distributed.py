@@ -25,20 +25,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.detection import __main__ as job
+from examples.detection import checkpoints, detectors, training
 from featkd import Distiller
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples"))
-import checkpoints  # noqa: E402
-import detectors  # noqa: E402
-import distill_detector  # noqa: E402
-import training  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 WORLD = 2
 # RetinaNet's own losses are means over the images, so that they too agree; 5 images are 3 and 2.
-OPTIONS = distill_detector.parse(
+OPTIONS = job.parse(
     ["--detector=retinanet", "--preset=two_stage", "--taps=stages", "--batch-size=5"]
 )
 SETTINGS = training.Settings(
@@ -74,15 +71,13 @@ def in_float64_by_running_statistics(student, args):
 
 
 def scenes():
-    return distill_detector.Scenes(0, 12)
+    return job.Scenes(0, 12)
 
 
 def detector():
     """The main job's distiller, with the same start in every process."""
-    student, teacher = (
-        distill_detector.new_detector(OPTIONS, role, 5) for role in ("student", "teacher")
-    )
-    distiller = distill_detector.new_distiller(OPTIONS, student, teacher).double()
+    student, teacher = (job.new_detector(OPTIONS, role, 5) for role in ("student", "teacher"))
+    distiller = job.new_distiller(OPTIONS, student, teacher).double()
     teacher.double()
     student.register_forward_pre_hook(in_float64_by_running_statistics)
     return distiller

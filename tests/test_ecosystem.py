@@ -5,7 +5,6 @@ import importlib
 import io
 import math
 import re
-import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,7 @@ from torch import Tensor, nn
 from zoo import HGNET_C3_TO_C5, HYBRID, RESNET_C3_TO_C5, TRANSFORMER, WIDTHS, hf
 
 import featkd
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
-from scenes import CLASSES  # noqa: E402
+from examples.detection.scenes import CLASSES
 
 STEPS = 3
 # What each is started with beside the steps, and the checkpoint that it leaves.
@@ -77,9 +73,8 @@ def start(name: str, folder: Path, *arguments: str) -> Run:
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(str(EXAMPLES))
         torch.set_num_threads(1)
-        example = importlib.import_module(name)
+        example = importlib.import_module(f"examples.{name}")
         build = example.build_distiller
 
         def build_and_count(*options: object) -> featkd.Distiller:
@@ -169,11 +164,8 @@ def test_the_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert {int(value["step"]) for value in state.values()} == {3}
 
 
-def test_lightning_moves_the_teacher_in_on_fit_start_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("lightning_module").DistilledDetector().to("meta")
+def test_lightning_moves_the_teacher_in_on_fit_start_alone() -> None:
+    module = importlib.import_module("examples.lightning_module").DistilledDetector().to("meta")
     teacher = module.distiller.teacher
     assert next(teacher.parameters()).device.type == "cpu"
     module.on_fit_start()
@@ -207,8 +199,7 @@ def student_and_teacher(kind: str) -> tuple[nn.Module, nn.Module]:
 
 def with_models(monkeypatch: pytest.MonkeyPatch, kind: str) -> Any:
     """The example of the HF Trainer, with these models."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    example = importlib.import_module("hf_trainer")
+    example = importlib.import_module("examples.hf_trainer")
 
     def build_distiller() -> featkd.Distiller:
         torch.manual_seed(0)
@@ -293,9 +284,8 @@ def test_the_torchvision_script_trains_under_amp(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_vit_teachers_maps_follow_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    distiller = importlib.import_module("vit_teacher").build_distiller()
+def test_the_vit_teachers_maps_follow_the_images() -> None:
+    distiller = importlib.import_module("examples.vit_teacher").build_distiller()
     tokens, images, maps = [], [], []
     distiller.teacher.layernorm.register_forward_hook(lambda *call: tokens.append(call[-1]))
     distiller.teacher.register_forward_pre_hook(lambda _, args: images.append(args[0]))

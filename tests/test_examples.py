@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,15 @@ import torch
 from coco_folder import write_coco
 from torchvision.ops import masks_to_boxes
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 TINY = ["--quick", "--steps", "4", "--checkpoint-every", "2"]
 TEACHER = ["--teacher-steps", "4"]
 DRAWS = ["--detector", "faster_rcnn"]
 FILES = {"results.json", "curves.png", "attention.png", "detections.png", "teacher.pt"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples_importable() -> Iterator[None]:
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 def run(*arguments: str | Path) -> None:
-    from distill_detector import main
+    from examples.detection.__main__ import main
 
     torch.set_num_threads(1)
     teacher = [] if "--teacher" in arguments else TEACHER
@@ -61,8 +53,8 @@ def test_the_job_leaves_pictures_and_results(finished: Path) -> None:
 @pytest.mark.parametrize("taps", ["fpn", "stages"])
 @pytest.mark.parametrize("detector", ["fcos", "fasterrcnn_resnet50_fpn"])
 def test_what_enters_or_leaves_the_fpn_is_distilled(detector: str, taps: str) -> None:
-    from detectors import levels_of, tapped
-    from distill_detector import new_detector, new_distiller, parse
+    from examples.detection.__main__ import new_detector, new_distiller, parse
+    from examples.detection.detectors import levels_of, tapped
 
     options = parse(["--detector", detector, "--taps", taps, "--size", "96"])
     student, teacher = (new_detector(options, role, 5) for role in ("student", "teacher"))
@@ -82,7 +74,7 @@ def test_what_enters_or_leaves_the_fpn_is_distilled(detector: str, taps: str) ->
 def test_a_broken_job_resumes_to_the_same_result(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    import training
+    from examples.detection import training
 
     saves = []
 
@@ -174,7 +166,7 @@ def test_a_finished_run_and_its_teacher_outlive_the_next_job(
 def test_a_loss_that_is_no_number_stops_the_job_at_that_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    import training
+    from examples.detection import training
 
     steps = []
 
@@ -224,10 +216,10 @@ DYING_WORKER = """
 import os, signal, sys
 from pathlib import Path
 
-examples, log, *arguments = sys.argv[1:]
-sys.path.insert(0, examples)
-import distill_detector, training
+from examples.detection import training
+from examples.detection.__main__ import main
 
+log, *arguments = sys.argv[1:]
 rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 steps = []
 
@@ -239,7 +231,7 @@ def noted(*rest):
     return backward(*rest)
 
 backward, training.backward = training.backward, noted
-distill_detector.main(arguments)
+main(arguments)
 """
 
 
@@ -249,7 +241,7 @@ def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         [*launch, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         timeout=240,
     )
 
@@ -263,7 +255,7 @@ def torchrun(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two_processes")
-    return folder, torchrun(EXAMPLES / "distill_detector.py", *TINY, *TEACHER, "--output", folder)
+    return folder, torchrun("-m", "examples.detection", *TINY, *TEACHER, "--output", folder)
 
 
 @pytest.mark.slow
@@ -280,7 +272,7 @@ def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone
     worker, log, output = tmp_path / "worker.py", tmp_path / "log", tmp_path / "output"
     worker.write_text(DYING_WORKER)
     log.mkdir()
-    torchrun("--max-restarts=1", worker, EXAMPLES, log, *TINY, *TEACHER, "--output", output)
+    torchrun("--max-restarts=1", worker, log, *TINY, *TEACHER, "--output", output)
     begun = {file.name: int(file.read_text()) for file in log.iterdir()}
     # Three models of 4 steps, a checkpoint every second.
     assert begun["rank 1, restart 0"] == 12
@@ -295,10 +287,10 @@ def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone
 STOPPED_WORKER = """
 import os, signal, sys
 
-examples, what, *arguments = sys.argv[1:]
-sys.path.insert(0, examples)
-import distill_detector, training
+from examples.detection import training
+from examples.detection.__main__ import main
 
+what, *arguments = sys.argv[1:]
 steps = []
 
 def lost(*rest):
@@ -312,7 +304,7 @@ def lost(*rest):
     return losses, distillation
 
 backward, training.backward = training.backward, lost
-distill_detector.main(arguments)
+main(arguments)
 """
 
 
@@ -329,7 +321,7 @@ def test_what_stops_one_process_stops_all_and_is_said_once(
 ) -> None:
     worker, output = tmp_path / "worker.py", tmp_path / "output"
     worker.write_text(STOPPED_WORKER)
-    done = launched(worker, EXAMPLES, what, *TINY, *TEACHER, "--output", output)
+    done = launched(worker, what, *TINY, *TEACHER, "--output", output)
     assert done.returncode != 0
     assert done.stderr.count(text) == 1
     assert torch.load(output / "teacher.checkpoint.pt", weights_only=True)["step"] == step
@@ -339,7 +331,7 @@ def test_what_stops_one_process_stops_all_and_is_said_once(
 def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import progress
+    from examples.detection import progress
 
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
@@ -360,7 +352,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
 def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from processes import join_processes
+    from examples.detection.processes import join_processes
 
     for name, value in {
         "WORLD_SIZE": "2",
@@ -374,7 +366,7 @@ def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
 
 
 def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
-    from scenes import OBJECTS, Scenes
+    from examples.detection.scenes import OBJECTS, Scenes
 
     first, second = Scenes(3, 10), Scenes(3, 10)
     image, target = first[7]
@@ -389,7 +381,7 @@ def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
 
 
 def test_masks_are_what_is_in_sight_of_each_object_and_change_nothing_else() -> None:
-    from scenes import MIN_VISIBLE, Scenes
+    from examples.detection.scenes import MIN_VISIBLE, Scenes
 
     plain, masked = Scenes(3, 20), Scenes(3, 20, masks=True)
     hidden = 0
@@ -425,7 +417,7 @@ class Answers(torch.nn.Module):
 
 
 def settings_to_evaluate() -> Any:
-    from training import Settings
+    from examples.detection.training import Settings
 
     return Settings(8, 1e-3, 0, torch.device("cpu"), False, 0, 1, 0, 2.0)
 
@@ -445,8 +437,8 @@ def found_in(data: Any, shift: float = 0.0) -> list[dict[str, torch.Tensor]]:
 
 
 def test_masks_are_evaluated_by_themselves_beside_the_boxes() -> None:
-    from scenes import Scenes
-    from training import MASK_METRICS, METRICS, evaluate
+    from examples.detection.scenes import Scenes
+    from examples.detection.training import MASK_METRICS, METRICS, evaluate
 
     data, settings = Scenes(3, 4, masks=True), settings_to_evaluate()
     right = evaluate(Answers(*found_in(data)), data, settings)
@@ -460,8 +452,8 @@ def test_masks_are_evaluated_by_themselves_beside_the_boxes() -> None:
 
 
 def test_boxes_alone_are_evaluated_as_before_where_either_side_has_no_masks() -> None:
-    from scenes import Scenes
-    from training import METRICS, evaluate
+    from examples.detection.scenes import Scenes
+    from examples.detection.training import METRICS, evaluate
 
     masked, settings = Scenes(3, 4, masks=True), settings_to_evaluate()
     boxes = [{k: v for k, v in each.items() if k != "masks"} for each in found_in(masked)]
@@ -470,9 +462,9 @@ def test_boxes_alone_are_evaluated_as_before_where_either_side_has_no_masks() ->
 
 
 def test_mask_r_cnn_learns_from_masks_and_finds_some() -> None:
-    from detectors import MASK_RCNN, build
-    from scenes import Scenes
-    from training import MASK_METRICS, collate, evaluate
+    from examples.detection.detectors import MASK_RCNN, build
+    from examples.detection.scenes import Scenes
+    from examples.detection.training import MASK_METRICS, collate, evaluate
 
     torch.manual_seed(0)
     model = build(MASK_RCNN, "student", 5, 96)
@@ -489,11 +481,10 @@ def test_mask_r_cnn_learns_from_masks_and_finds_some() -> None:
 def test_a_student_of_another_backbone_is_paired_with_the_teacher_at_what_enters_its_fpn(
     name: str,
 ) -> None:
-    from detectors import BACKBONES, LEVELS, build, levels_of
-    from scenes import Scenes
-    from training import collate
-
     import featkd
+    from examples.detection.detectors import BACKBONES, LEVELS, build, levels_of
+    from examples.detection.scenes import Scenes
+    from examples.detection.training import collate
 
     assert name in BACKBONES
     student, teacher = (build("fcos", "student", 5, 96, shape) for shape in (name, (6, 1, 32)))
@@ -509,6 +500,6 @@ def test_a_student_of_another_backbone_is_paired_with_the_teacher_at_what_enters
 
 
 def test_all_backbones_are_tested() -> None:
-    from detectors import BACKBONES
+    from examples.detection.detectors import BACKBONES
 
     assert list(BACKBONES) == ["resnet18", "regnet", "mobilenet"]

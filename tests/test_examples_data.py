@@ -2,9 +2,7 @@
 
 import json
 import struct
-import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,7 @@ import torch
 from coco_folder import write_coco
 from PIL import Image
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 NAN, HUGE = float("nan"), 10**400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_importable() -> Iterator[None]:
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -40,13 +30,13 @@ def change(annotations: Path, kind: str, place: int, **values: Any) -> None:
 
 
 def read(images: Path, annotations: Path) -> Any:
-    from coco import CocoFolder
+    from examples.detection.coco import CocoFolder
 
     return CocoFolder(images, annotations)
 
 
 def what_is_wrong(images: Path, annotations: Path) -> str:
-    from coco import CocoError
+    from examples.detection.coco import CocoError
 
     with pytest.raises(CocoError) as error:
         read(images, annotations)
@@ -70,7 +60,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_data_is_said_before_any_training(case: str, folder: tuple[Path, Path]) -> None:
-    from coco import CocoError
+    from examples.detection.coco import CocoError
 
     images, annotations = folder
     spoil, text = BAD_FILES[case]
@@ -142,7 +132,7 @@ VALUES = (None, True, *NAMES, -1, 0, 0.5, NAN, HUGE, [], [1], {}, {"id": 1})
 
 
 def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) -> None:
-    from coco import CocoError
+    from examples.detection.coco import CocoError
 
     images, annotations = folder
     whole = annotations.read_text()
@@ -223,8 +213,8 @@ def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
 
 
 def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path]) -> None:
-    from coco import CocoError
-    from distill_detector import load_data, parse
+    from examples.detection.__main__ import load_data, parse
+    from examples.detection.coco import CocoError
 
     images, annotations = folder
     change(annotations, "annotations", 0, iscrowd=1)

@@ -2,26 +2,18 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 COCO = ["--data", "coco", "--images", "I", "--annotations", "A"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples_importable() -> Iterator[None]:
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 def parse(*arguments: str | Path) -> Any:
-    from distill_detector import parse
+    from examples.detection.__main__ import parse
 
     return parse([*map(str, arguments)])
 
@@ -81,7 +73,7 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from processes import join_processes
+    from examples.detection.processes import join_processes
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -112,7 +104,7 @@ def test_the_help_has_every_option_s_default(capsys: Any) -> None:
 
 def begin(*arguments: str | Path) -> str:
     """What the job does with the folder before it trains."""
-    from run_folder import RunFolder
+    from examples.detection.run_folder import RunFolder
 
     with RunFolder(parse(*arguments)) as folder:
         if (state := folder.take()) == "new":
@@ -121,7 +113,7 @@ def begin(*arguments: str | Path) -> str:
 
 
 def refused(*arguments: str | Path) -> str:
-    from processes import JobError
+    from examples.detection.processes import JobError
 
     with pytest.raises(JobError) as error:
         begin(*arguments)
@@ -245,11 +237,11 @@ def test_an_output_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-sys.path.insert(0, sys.argv[1])
-from command_line import parse_options
-from run_folder import RunFolder
 
-with RunFolder(parse_options("", sys.argv[2:])) as folder:
+from examples.detection.command_line import parse_options
+from examples.detection.run_folder import RunFolder
+
+with RunFolder(parse_options("", sys.argv[1:])) as folder:
     folder.take()
     print("held", flush=True)
     sys.stdin.read()
@@ -260,8 +252,8 @@ def test_a_second_process_on_a_folder_is_refused_until_the_first_is_dead(tmp_pat
     import subprocess
 
     output = tmp_path / "run"
-    command = [sys.executable, "-c", HOLDER, EXAMPLES, "--output", output]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", HOLDER, "--output", output]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen([*map(str, command)], **pipes) as holder:
         assert holder.stdout.readline() == "held\n"
         assert "another process is at work in" in refused("--output", output)
@@ -296,8 +288,8 @@ def damaged(folder: Path) -> dict[str, Path]:
 
 
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    from checkpoints import load, load_teacher
-    from processes import JobError
+    from examples.detection.checkpoints import load, load_teacher
+    from examples.detection.processes import JobError
 
     for file in damaged(tmp_path).values():
         with pytest.raises(JobError, match=f"{file} cannot be read .*: remove it, and its train"):
@@ -311,8 +303,8 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
 def test_a_teacher_is_a_state_dict_or_one_under_model_and_finite(tmp_path: Path) -> None:
     from argparse import Namespace
 
-    from checkpoints import load_teacher
-    from processes import JobError
+    from examples.detection.checkpoints import load_teacher
+    from examples.detection.processes import JobError
 
     file, source = tmp_path / "teacher.pt", torch.nn.Linear(3, 3)
     state = source.state_dict()

@@ -22,7 +22,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.ultralytics
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 # Student and teacher; YOLO26 has a second head, and a criterion that changes with the epochs.
 PAIRS = {
     "YOLOv8n from YOLO11s": ("yolov8n.yaml", "yolo11s.yaml"),
@@ -64,7 +64,6 @@ def offline(tmp_path_factory):
         raise OSError(f"no network in a test, asked for {host}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
         patch.setenv("YOLO_CONFIG_DIR", str(folder))
         patch.setenv("YOLO_OFFLINE", "true")
         patch.setenv("YOLO_AUTOINSTALL", "false")
@@ -128,7 +127,7 @@ def one_pair(prepared):
 
 
 def make(pair, name, **settings):
-    from ultralytics_yolo import DistillingTrainer
+    from examples.ultralytics_yolo import DistillingTrainer
 
     DistillingTrainer.teacher = str(pair.teacher)
     overrides = {"project": str(pair.folder), "name": name, **settings}
@@ -360,14 +359,15 @@ for file in sys.argv[1:]:
 
 def python(*arguments):
     command = [sys.executable, *map(str, arguments)]
-    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
 def test_without_featkd(pair, run, recovered):
     from ultralytics import YOLO
-    from ultralytics_yolo import strip
+
+    from examples.ultralytics_yolo import strip
 
     files = [f for each in (run, recovered) for f in (each.trainer.last, each.trainer.best)]
     names = list(YOLO(pair.settings["model"]).model.state_dict())
@@ -385,7 +385,7 @@ def test_without_featkd(pair, run, recovered):
 def test_the_example_as_it_is_started(one_pair):
     settings = one_pair.settings | {"project": one_pair.folder, "name": "started", "epochs": 1}
     arguments = [f"{name}={value}" for name, value in settings.items()]
-    done = python(EXAMPLES / "ultralytics_yolo.py", f"teacher={one_pair.teacher}", *arguments)
+    done = python("-m", "examples.ultralytics_yolo", f"teacher={one_pair.teacher}", *arguments)
     assert done.returncode == 0, done.stderr
     assert "kd_loss" in (one_pair.folder / "started" / "results.csv").read_text()
     assert not hasattr(
@@ -396,7 +396,8 @@ def test_the_example_as_it_is_started(one_pair):
 def test_from_a_model_of_ultralytics(one_pair):
     """As its users train, who have weights: `YOLO(file).train(trainer=DistillingTrainer)`."""
     from ultralytics import YOLO
-    from ultralytics_yolo import DistillingTrainer
+
+    from examples.ultralytics_yolo import DistillingTrainer
 
     DistillingTrainer.teacher = str(one_pair.teacher)
     student = one_pair.folder / "student.pt"

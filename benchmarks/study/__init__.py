@@ -1,0 +1,1 @@
+"""What distillation gains, by detector and method: `python -m benchmarks.study`."""

@@ -1,0 +1,1 @@
+"""The study at full size, on COCO: `python -m benchmarks.study.coco`."""

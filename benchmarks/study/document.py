@@ -1,0 +1,63 @@
+"""The document of all tables and its plots, from the lines."""
+
+from pathlib import Path
+
+from benchmarks.study.cells import best
+from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, lines_of, pending, read_lines
+from benchmarks.study.plan import TABLES, tap_runs
+from benchmarks.study.plots import gains_plot, sensitivity_plot, teachers_plot
+from benchmarks.study.runs import Line
+from benchmarks.study.tables import against_first, comparison, contestants, gains_table, report
+
+
+def write(file: Path) -> None:
+    """`tables.md` and its plots beside the lines' file."""
+    lines = read_lines(file)
+    if not lines:
+        raise SystemExit(f"no line of a run in {file}")
+    parts = ["# Study\n\n`python -m benchmarks.study tables` writes this file and its plots."]
+    for name, table in TABLES.items():
+        try:
+            runs = table(lines)
+        except LookupError:
+            continue
+        found = lines_of(runs, lines)
+        if not found:
+            continue
+        left = len(pending(runs, lines))
+        unfinished = f" {left} of its runs are not there yet." if left else ""
+        parts.append(f"## {name}\n\n`python -m benchmarks.study run {name}`{unfinished}")
+        parts.append(report(found))
+        if name in ("sensitivity", "choices", "teacher_relation"):
+            parts.append(against_first(found))
+        if name == "masks":
+            parts += ["Masks:", report([as_mask_line(line) for line in found])]
+        if name == "main":
+            rivals = contestants(found, best(lines_of(tap_runs(lines), lines)))
+            parts += [
+                "AP points over the plain student, same seeds:",
+                gains_table(*rivals),
+                "AP points of featkd less those of the others, same seeds:",
+                comparison(*rivals),
+            ]
+            gains_plot(*rivals, file.with_name("gains.png"))
+            parts.append("![paired gains](gains.png)")
+        if name == "teachers":
+            teachers_plot(found, file.with_name("teachers.png"))
+            parts.append("![student over teacher](teachers.png)")
+        if name == "sensitivity" and not left:
+            sensitivity_plot(found, file.with_name("sensitivity.png"))
+            parts.append("![AP over each hyperparameter](sensitivity.png)")
+        if name == "tune":
+            chosen = best(found).items()
+            items = [f"- {detector}, {method}: {values}" for (detector, method), values in chosen]
+            parts.append("\n".join(["Best by mean AP:\n", *items]))
+    document = file.with_name("tables.md")
+    document.write_text("\n\n".join(parts) + "\n")
+    print(document)
+
+
+def as_mask_line(line: Line) -> Line:
+    """With the masks' metrics in the place of the boxes'; none by size, none of the teacher."""
+    ap = dict(zip(COLUMNS, (line[name] for name in MASK_COLUMNS), strict=False))
+    return line | dict.fromkeys(COLUMNS) | ap | {"teacher_ap": None}

@@ -1,0 +1,160 @@
+"""The runs of each table, and which tables choose the settings of others."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import featkd
+from benchmarks.study.cells import best
+from benchmarks.study.lines import lines_of, pending
+from benchmarks.study.runs import Data, Line, Run, Teacher, distilled, plain_run
+from benchmarks.study.settings import (
+    ABLATION,
+    AT_FPN,
+    ATTENTION,
+    CANDIDATES,
+    CHOICES,
+    FPN,
+    FPN_OUTPUTS,
+    LOSES_AT_FPN,
+    NEEDS_RELU,
+    OPEN,
+    PRESETS,
+    PRESETS_AT_STAGES,
+    RELATIONS,
+    SENSITIVITY,
+    TEACHER_RELATION,
+    TWO_STAGE_AT_FPN,
+    settings_of,
+)
+from examples.detection.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, Shape
+
+# Weights and settings are chosen on other seeds and other held-out scenes than those reported.
+MAIN, TUNE = Data(2**32), Data(2**31)
+MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
+    range(20, 25),
+    range(20, 23),
+    range(2),
+    range(2),
+)
+# Whose tuned weights a detector gets.
+TUNED_ON = {"faster_rcnn": "fcos", "retinanet": "fcos", "fcos": "fcos"}
+TEACHERS = [
+    *(Teacher(steps=steps) for steps in (250, 500)),
+    *(Teacher((width, 1, 64)) for width in (8, 12, 16, 24, 32)),
+]
+
+
+def tune_runs(lines: Iterable[Line]) -> list[Run]:
+    runs = []
+    for detector in dict.fromkeys(TUNED_ON.values()):
+        for seed in TUNE_SEEDS:
+            plain = plain_run(detector, seed, TUNE)
+            runs += [plain, *distilled(plain, CANDIDATES)]
+    return runs
+
+
+def tap_runs(lines: Iterable[Line]) -> list[Run]:
+    """Every method at its tuned setting, at the backbone's stages and at the FPN's outputs.
+
+    At the FPN, which is another scale, with other weights too.
+
+    `LookupError` where the tune table is not finished.
+    """
+    chosen = best(finished("tune", tune_runs(lines), lines))
+    runs = []
+    for detector, tuned_on in TUNED_ON.items():
+        settings = {"featkd": [settings_of(featkd.NORMALIZED)]} | {
+            method: [chosen[tuned_on, method]] for method in list(CANDIDATES)[1:]
+        }
+        for method in settings.keys() - NEEDS_RELU:
+            at_fpn = settings[method][0] | FPN
+            settings[method].append(at_fpn)
+            if method not in LOSES_AT_FPN | {"featkd"}:
+                weight = at_fpn["weight"]
+                settings[method] += [at_fpn | {"weight": weight * by} for by in (0.25, 4.0)]
+        settings["featkd"] += AT_FPN
+        for seed in TUNE_SEEDS:
+            plain = plain_run(detector, seed, TUNE)
+            runs += [plain, *distilled(plain, settings)]
+    return runs
+
+
+def main_runs(lines: Iterable[Line]) -> list[Run]:
+    """The methods at their tuned settings and taps, and more of featkd's settings.
+
+    `LookupError` where the tables before it are not finished.
+    """
+    chosen = best(finished("taps", tap_runs(lines), lines))
+    settings = {
+        detector: {method: [chosen[detector, method]] for method in CANDIDATES}
+        for detector in TUNED_ON
+    }
+    runs = []
+    for seed in MAIN_SEEDS:
+        for detector, own in settings.items():
+            presets = [*own["featkd"], FPN_OUTPUTS, *PRESETS_AT_STAGES]
+            plain = plain_run(detector, seed, MAIN)
+            runs += [plain, *distilled(plain, own | {"featkd": presets})]
+    # The tuned setting may be one of the presets.
+    return list({run.identity: run for run in runs}.values())
+
+
+def finished(table: str, runs: list[Run], lines: Iterable[Line]) -> list[Line]:
+    missing = pending(runs, lines)
+    if missing:
+        left = len(missing)
+        raise LookupError(f"wants `run {table}` finished first: {left} of its runs are left")
+    return lines_of(runs, lines)
+
+
+def quick_runs(lines: Iterable[Line]) -> list[Run]:
+    """A handful of steps of every method on every detector: a test of the path."""
+    data = replace(TUNE, train_images=32, held_out_images=8)
+    runs = []
+    for detector in COMPACT:
+        plain = plain_run(detector, 0, data, steps=4)
+        settings = {method: candidates[:1] for method, candidates in CANDIDATES.items()}
+        runs += [plain, *distilled(plain, settings, [Teacher(steps=4)])]
+    return runs
+
+
+def secondary_runs(
+    settings: list[dict[str, Any]],
+    teachers: Sequence[Teacher] = (Teacher(),),
+    seeds: Sequence[int] = SECONDARY_SEEDS,
+    data: Data = MAIN,
+    detector: str = "fcos",
+    students: Sequence[Shape | str] = (STUDENT,),
+) -> Callable[[Iterable[Line]], list[Run]]:
+    """featkd at several settings, one detector and fewer seeds."""
+
+    def runs(lines: Iterable[Line]) -> list[Run]:
+        result = []
+        for seed in seeds:
+            for student in students:
+                plain = plain_run(detector, seed, data, student=student)
+                result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
+        return result
+
+    return runs
+
+
+# From the lines so far to the runs.
+TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
+    "tune": tune_runs,
+    "presets": secondary_runs(PRESETS, seeds=OPEN_SEEDS, data=TUNE),
+    "open": secondary_runs(OPEN, seeds=OPEN_SEEDS, data=TUNE),
+    "taps": tap_runs,
+    "main": main_runs,
+    "ablation": secondary_runs(ABLATION),
+    "relations": secondary_runs(RELATIONS),
+    "attention": secondary_runs(ATTENTION),
+    "sensitivity": secondary_runs(SENSITIVITY),
+    "choices": secondary_runs(CHOICES),
+    "teacher_relation": secondary_runs(TEACHER_RELATION),
+    "teachers": secondary_runs([TWO_STAGE_AT_FPN], TEACHERS),
+    "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
+    "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
+    "quick": quick_runs,
+}

@@ -1,0 +1,174 @@
+"""The settings that the tables try: hyperparameters of featkd and of the other methods."""
+
+from dataclasses import MISSING, fields, replace
+from itertools import combinations
+from math import sqrt
+from typing import Any
+
+import featkd
+
+TERMS = ("alpha", "beta", "gamma")
+SPREAD, FPN = {"masks": "spread"}, {"taps": "fpn"}
+
+
+def settings_of(base: featkd.Hyperparameters, **changes: Any) -> dict[str, Any]:
+    """The fields without a default, and those that differ from it."""
+    changed = replace(base, **changes)
+    values = {each.name: (getattr(changed, each.name), each.default) for each in fields(changed)}
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        if default is MISSING or value != default
+    }
+
+
+def with_terms(base: featkd.Hyperparameters, *names: str, **changes: Any) -> dict[str, Any]:
+    return settings_of(base, **dict.fromkeys(set(TERMS) - set(names), 0.0), **changes)
+
+
+def weights(*values: float, **others: Any) -> list[dict[str, Any]]:
+    return [{"weight": value, **others} for value in values]
+
+
+# As many candidates for each. The middle of each row gives the student's backbone about the same
+# gradient, 1 to 2 times the detector's own; the baselines' range is the wider, as less is known.
+# The fifth of a baseline lies beyond or beside the best of the first four.
+BASE = featkd.Hyperparameters(alpha=0.0, beta=4.0, gamma=0.0, temperature=0.5, normalize=True)
+SQUARED = replace(BASE, reduction="mean_square")
+CANDIDATES = {
+    "featkd": [
+        settings_of(featkd.ONE_STAGE),
+        *(settings_of(SQUARED, beta=beta) for beta in (4.0, 8.0, 16.0, 32.0)),
+    ],
+    "fitnets": weights(0.25, 1.0, 4.0, 16.0, 64.0),
+    "at": weights(0.25, 1.0, 4.0, 16.0, 8.0),
+    "fgfi": weights(0.002, 0.008, 0.032, 0.128, 0.064),
+    "overhaul": weights(1e-5, 4e-5, 16e-5, 64e-5, 8e-5),
+    "cwd": weights(0.25, 1.0, 4.0, 16.0, temperature=4.0) + weights(4.0, temperature=1.0),
+    "pkd": weights(0.25, 1.0, 4.0, 16.0, 64.0),
+}
+NEEDS_RELU = {"overhaul"}  # in front of its taps
+LOSES_AT_FPN = {"at"}  # on every detector
+ALL_TERMS = replace(BASE, alpha=1.0, gamma=1.0)
+# The teachers' FPN outputs are 1.3 to 5 times as large as their stages (`attention.py`).
+FPN_OUTPUTS = settings_of(featkd.FPN_OUTPUTS) | FPN
+# FCOS's best in the taps table: what the tables of FCOS alone vary.
+TWO_STAGE = replace(featkd.TWO_STAGE, temperature=4.0)
+TWO_STAGE_AT_FPN = settings_of(TWO_STAGE) | FPN
+AT_FPN = [
+    FPN_OUTPUTS,
+    TWO_STAGE_AT_FPN,
+    settings_of(featkd.TWO_STAGE, beta=1e-3, temperature=4.0) | FPN,
+    settings_of(featkd.NORMALIZED, beta=32.0, temperature=4.0) | FPN,
+    *(
+        settings_of(featkd.NORMALIZED, normalize=False, beta=beta, temperature=4.0) | FPN
+        for beta in (1e-3, 4e-3)
+    ),
+]
+PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
+ABLATION = [
+    with_terms(TWO_STAGE, *names) | FPN
+    for count in (1, 2, 3)
+    for names in combinations(TERMS, count)
+]
+RELATIONS = [
+    with_terms(TWO_STAGE, "gamma", kind=kind) | FPN
+    for kind in ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+]
+ATTENTION = [
+    with_terms(TWO_STAGE, "alpha", "beta", transfer_attention=part, masked_attention=part) | FPN
+    for part in ("spatial", "channel", "both")
+]
+SENSITIVITY = [
+    TWO_STAGE_AT_FPN,
+    *(
+        settings_of(TWO_STAGE, **{name: getattr(TWO_STAGE, name) * factor}) | FPN
+        for name in TERMS
+        for factor in (0.25, 4.0)
+    ),
+    *(settings_of(TWO_STAGE, temperature=value) | FPN for value in (0.5, 1.0, 2.0, 16.0)),
+]
+PRESETS = [
+    *(settings_of(BASE, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)),
+    settings_of(featkd.ONE_STAGE),
+    settings_of(featkd.ONE_STAGE, beta=0.01),
+    settings_of(featkd.ONE_STAGE, beta=0.04),
+    settings_of(featkd.ONE_STAGE, temperature=1.0),
+    settings_of(featkd.ONE_STAGE, alpha=0.0),
+    settings_of(featkd.ONE_STAGE, gamma=0.0),
+    *(settings_of(featkd.ONE_STAGE, alpha=0.0, gamma=0.0, beta=beta) for beta in (0.02, 0.04)),
+    # The teacher's features have a root mean square of about 1.
+    settings_of(BASE, normalize=False) | {"unit": "element"},
+    *(settings_of(SQUARED, beta=beta) for beta in (4.0, 8.0, 16.0, 32.0)),
+    *(settings_of(SQUARED, beta=8.0, temperature=value) for value in (0.25, 1.0)),
+    settings_of(SQUARED, beta=8.0, temperature=1.0, gamma=0.1),
+    settings_of(SQUARED, beta=8.0, masked_attention="spatial"),
+    settings_of(ALL_TERMS),
+    *(
+        settings_of(ALL_TERMS, alpha=alpha, gamma=gamma)
+        for alpha, gamma in ((0.5, 0.5), (2.0, 2.0), (1.0, 4.0), (4.0, 1.0))
+    ),
+    settings_of(ALL_TERMS, beta=16.0, reduction="mean_square"),
+    settings_of(BASE, temperature=2.0) | SPREAD,
+    settings_of(SQUARED, beta=16.0, temperature=2.0) | SPREAD,
+    settings_of(BASE, temperature=1e6),
+]
+# The lines of these are from before the presets had their block's normalisation.
+RELEASED = [
+    replace(preset, batch_norm=False)
+    for preset in (featkd.RELEASED_ONE_STAGE, featkd.RELEASED_TWO_STAGE)
+]
+OPEN = [
+    settings_of(BASE),
+    settings_of(featkd.TWO_STAGE),
+    *map(settings_of, RELEASED),
+    settings_of(BASE) | FPN,
+    settings_of(BASE, temperature=0.1),
+    *(settings_of(BASE, temperature=value) | SPREAD for value in (1.0, 4.0)),
+    with_terms(ALL_TERMS, "alpha", "beta"),
+    with_terms(ALL_TERMS, "beta", "gamma"),
+    settings_of(BASE, fusion="probabilities"),
+    # The norm of 8 images' norms is about sqrt(8) times their mean.
+    settings_of(BASE, reduction="norm", beta=4 / sqrt(8)),
+    settings_of(BASE) | {"masks": "live"},
+    *(
+        settings_of(SQUARED, beta=8.0, temperature=value) | {"masks": "centred"}
+        for value in (0.25, 0.5, 1.0)
+    ),
+    *(settings_of(BASE) | {"schedule": name} for name in ("warm-up", "decay")),
+    *(
+        with_terms(ALL_TERMS, "gamma", teacher_relation=of_teacher, residual=residual)
+        for of_teacher in ("fixed", "trained")
+        for residual in (False, True)
+    ),
+    with_terms(ALL_TERMS, "gamma") | {"relation": "tied"},
+]
+# The open questions once more, where distillation gains: the FPN's outputs, on the reported seeds.
+# The first of a table is what the others are compared with.
+CHOICES = [
+    TWO_STAGE_AT_FPN,
+    *(settings_of(preset) | FPN for preset in (featkd.ONE_STAGE, featkd.TWO_STAGE, *RELEASED)),
+    # Masks that are even: all ones.
+    settings_of(TWO_STAGE, temperature=1e6) | FPN,
+    settings_of(TWO_STAGE, fusion="probabilities") | FPN,
+    settings_of(
+        TWO_STAGE,
+        reduction="norm",
+        **{name: getattr(TWO_STAGE, name) / sqrt(8) for name in TERMS},
+    )
+    | FPN,
+    settings_of(TWO_STAGE) | FPN | {"masks": "live"},
+    *(settings_of(TWO_STAGE, temperature=value) | FPN | SPREAD for value in (2.0, 4.0)),
+    *(TWO_STAGE_AT_FPN | {"schedule": name} for name in ("warm-up", "decay")),
+    # About the weight of 4e-3 at the levels' C H W, and at the teacher's norm.
+    with_terms(replace(TWO_STAGE, beta=0.4), "beta") | FPN | {"unit": "element"},
+    settings_of(BASE, beta=2.0, temperature=4.0) | FPN,
+]
+TEACHER_RELATION = [
+    *(
+        with_terms(TWO_STAGE, "gamma", teacher_relation=of_teacher, residual=residual) | FPN
+        for of_teacher in ("fixed", "trained")
+        for residual in (False, True)
+    ),
+    with_terms(TWO_STAGE, "gamma") | FPN | {"relation": "tied"},
+]

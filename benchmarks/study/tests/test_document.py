@@ -1,0 +1,22 @@
+"""The document that is here is that of the lines that are here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import document
+from benchmarks.study.lines import LINES
+
+
+def test_the_tables_are_those_of_the_lines(tmp_path: Path) -> None:
+    lines = Path(shutil.copy(LINES, tmp_path))
+    document.write(lines)
+    assert (tmp_path / "tables.md").read_text() == LINES.with_name("tables.md").read_text()
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {"gains.png", "sensitivity.png", "teachers.png"}
+
+
+def test_no_line_is_no_document(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no line of a run in"):
+        document.write(tmp_path / "lines.jsonl")

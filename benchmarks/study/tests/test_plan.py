@@ -1,0 +1,100 @@
+"""The tables' runs are paired, and nothing reported has chosen a setting."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.study.methods import METHODS
+from benchmarks.study.plan import TABLES, main_runs, tap_runs, tune_runs
+from benchmarks.study.runs import Teacher
+from benchmarks.study.settings import (
+    ATTENTION,
+    CANDIDATES,
+    FPN_OUTPUTS,
+    PRESETS,
+    PRESETS_AT_STAGES,
+    RELATIONS,
+    SENSITIVITY,
+    settings_of,
+)
+from benchmarks.study.tests.samples import line_of
+from benchmarks.study.variants import split
+
+CHOOSING = {"tune", "taps", "presets", "open"}
+
+
+def chosen_lines() -> list[dict[str, Any]]:
+    """Weight 4 is the best on FCOS; the FPN's outputs on Faster R-CNN, the backbone's on FCOS."""
+    lines = []
+    for run in tune_runs([]):
+        lines.append(line_of(run, 0.6 if run.hyperparameters.get("weight") == 4.0 else 0.1))
+    for run in tap_runs(lines):
+        fpn = run.hyperparameters.get("taps") == "fpn"
+        lines.append(line_of(run, 0.6 if fpn == (run.detector == "faster_rcnn") else 0.1))
+    return lines
+
+
+@pytest.mark.parametrize("table", sorted(TABLES.keys() - {"quick"}))
+def test_every_distilled_run_has_a_plain_student_beside_it(table: str) -> None:
+    runs = TABLES[table](chosen_lines())
+    assert len({run.identity for run in runs}) == len(runs)
+    plain = {run.identity for run in runs if run.method == "none"}
+    for run in runs:
+        paired = replace(run, method="none", teacher=None, hyperparameters={})
+        assert paired.identity in plain
+
+
+def test_every_method_is_tuned_with_as_many_candidates() -> None:
+    assert set(CANDIDATES) == {"featkd", *METHODS}
+    assert {len(candidates) for candidates in CANDIDATES.values()} == {5}
+
+
+def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() -> None:
+    lines = chosen_lines()
+    with pytest.raises(LookupError, match="`run tune` finished first: 1 of its runs"):
+        main_runs([*lines[:1], *lines[2:]])
+    with pytest.raises(LookupError, match="`run taps` finished first: 1 of its runs"):
+        main_runs(lines[:-1])
+    runs = main_runs(lines)
+    # The recommended preset is in Faster R-CNN's rows twice, at both taps.
+    assert len(runs) == (11 + 10 + 10) * 5
+    ours = [run.hyperparameters for run in runs if run.method == "featkd"]
+    for everywhere in (FPN_OUTPUTS, *PRESETS_AT_STAGES):
+        assert ours.count(everywhere) >= 3 * 5
+    others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
+    assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
+    assert "taps" not in others["overhaul"]
+    others = {run.method: run.hyperparameters for run in runs if run.detector == "retinanet"}
+    assert others["pkd"] == {"weight": 4.0}
+
+
+def test_at_the_fpn_a_baseline_that_gains_there_is_tried_with_three_weights() -> None:
+    tried: dict[str, set[float]] = {}
+    for run in tap_runs(chosen_lines()):
+        if run.hyperparameters.get("taps") == "fpn":
+            tried.setdefault(run.method, set()).add(run.hyperparameters.get("weight"))
+    assert tried.pop("featkd") == {None}
+    assert tried.pop("at") == {4.0}
+    assert tried.pop("fgfi") == {0.0005, 0.002, 0.008}
+    assert tried == {name: {1.0, 4.0, 16.0} for name in ("fitnets", "cwd", "pkd")}
+
+
+def test_nothing_reported_is_on_seeds_or_scenes_that_chose_a_setting() -> None:
+    lines = chosen_lines()
+    runs = {name: TABLES[name](lines) for name in TABLES.keys() - {"quick"}}
+    choosing = [run for name in CHOOSING for run in runs.pop(name)]
+    reporting = [run for each in runs.values() for run in each]
+    reported, chosen = ({run.seed for run in each} for each in (reporting, choosing))
+    assert not reported & chosen
+    assert Teacher().seed not in reported | chosen
+    held_out = [{run.data.held_out_seed for run in each} for each in (reporting, choosing)]
+    assert not held_out[0] & held_out[1]
+
+
+def test_a_line_leaves_out_defaults_alone() -> None:
+    for settings in (*RELATIONS, *ATTENTION, *SENSITIVITY, *PRESETS):
+        whole, variants = split(settings)
+        assert settings_of(whole) | variants == settings
+    assert ATTENTION[0]["masked_attention"] == "spatial"
+    assert "masked_attention" not in ATTENTION[2]

@@ -1,0 +1,100 @@
+"""A run: its start, its taps, its resumption."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import featkd
+from benchmarks.study import train
+from benchmarks.study.cells import facts, rows
+from benchmarks.study.document import as_mask_line
+from benchmarks.study.lines import COLUMNS, MASK_COLUMNS
+from benchmarks.study.runs import identity, teacher_of
+from benchmarks.study.settings import CANDIDATES, settings_of
+from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
+from benchmarks.study.train import new_model, perform
+from examples.detection import training
+from examples.detection.detectors import BACKBONES
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With the teacher's weights, as they start."""
+    teacher = teacher_of(DISTILLED)
+    weights = new_model(teacher, tmp_path, CPU).student.state_dict()
+    torch.save(weights, tmp_path / f"{teacher.name}.pt")
+    return tmp_path
+
+
+def test_the_same_seed_gives_every_method_the_same_student(folder: Path) -> None:
+    start = new_model(PLAIN, folder, CPU).student.state_dict()
+    for method, (hyperparameters, *_) in CANDIDATES.items():
+        run = replace(DISTILLED, method=method, hyperparameters=hyperparameters)
+        model = new_model(run, folder, CPU)
+        state = model.student.state_dict()
+        assert list(state) == list(start)
+        assert all(torch.equal(state[name], start[name]) for name in start)
+    other = new_model(replace(PLAIN, seed=4), folder, CPU).student.state_dict()
+    assert not torch.equal(other["backbone.body.conv1.weight"], start["backbone.body.conv1.weight"])
+
+
+def test_adapters_are_drawn_by_the_run_s_seed(folder: Path) -> None:
+    runs = DISTILLED, DISTILLED, replace(DISTILLED, seed=4)
+    first, again, other = (new_model(run, folder, CPU).loss.state_dict() for run in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_fpn_s_outputs_can_be_tapped(folder: Path) -> None:
+    run = replace(DISTILLED, hyperparameters=settings_of(featkd.NORMALIZED) | {"taps": "fpn"})
+    model = new_model(run, folder, CPU)
+    assert model.loss.channels == dict.fromkeys(("p0", "p1", "p2"), (32, 32))
+    settings = {"weight": 1.0, "taps": "fpn"}
+    other = replace(run, method="fgfi", steps=1, hyperparameters=settings)
+    assert perform(other, folder, "cpu")["hyperparameters"] == settings
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_student_of_another_backbone_is_tapped_at_the_teacher_s_strides(
+    folder: Path, backbone: str
+) -> None:
+    run = replace(DISTILLED, student=backbone)
+    model = new_model(run, folder, CPU)
+    assert [theirs for _, theirs in model.loss.channels.values()] == [12, 24, 48]
+    assert facts(line_of(run, 0.5))["student"] == backbone
+
+
+def test_a_line_of_mask_r_cnn_has_the_masks_metrics_and_becomes_a_row_of_them(
+    tmp_path: Path,
+) -> None:
+    line = perform(replace(PLAIN, detector="mask_rcnn", steps=1), tmp_path, "cpu")
+    assert {*MASK_COLUMNS} <= line.keys()
+    line |= {"mask_ap": 0.25, "mask_ap50": 0.5, "mask_ap75": 0.125, "teacher_ap": None}
+    (row,) = rows([as_mask_line(line)])
+    assert row.ap.mean == 25
+    assert row.others == {"ap50": 50, "ap75": 12.5, "ap_s": None, "ap_m": None, "ap_l": None}
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = perform(PLAIN, tmp_path, "cpu")
+    (tmp_path / f"{PLAIN.name}.checkpoint.pt").unlink()
+    (tmp_path / f"{PLAIN.name}.pt").unlink()
+
+    def kill(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(train, "evaluate", kill)
+        with pytest.raises(KeyboardInterrupt):
+            perform(PLAIN, tmp_path, "cpu")
+    # Both steps are done: nothing is trained again.
+    monkeypatch.setattr(training, "backward", kill)
+    resumed = perform(PLAIN, tmp_path, "cpu")
+    assert [resumed[name] for name in COLUMNS] == [whole[name] for name in COLUMNS]
+    assert identity(resumed) == PLAIN.identity
+    assert (tmp_path / f"{PLAIN.name}.pt").exists()

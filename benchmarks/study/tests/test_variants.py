@@ -1,0 +1,104 @@
+"""What the library has no argument for, on cases worked by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import featkd
+from benchmarks.study.settings import settings_of
+from benchmarks.study.variants import featkd_loss, standard
+
+CHANNELS = {"c3": 3}, {"c3": 5}
+NORMALIZED = settings_of(featkd.NORMALIZED)
+
+
+def features(seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"c3": torch.randn(2, count, 4, 6, generator=generator)} for count in (3, 5)]
+
+
+def masked(**settings: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return featkd_loss(*CHANNELS, 10, **NORMALIZED | settings)
+
+
+def test_without_a_variant_the_loss_is_the_library_s() -> None:
+    torch.manual_seed(0)
+    loss = featkd.FeatureDistillationLoss(*CHANNELS, hyperparameters=featkd.NORMALIZED)
+    assert masked()(*features()) == loss(*features())
+
+
+def test_live_masks_have_the_same_value_and_another_gradient() -> None:
+    gradients = []
+    for settings in ({}, {"masks": "live"}):
+        student, teacher = features()
+        student["c3"].requires_grad_()
+        value = masked(**settings)(student, teacher)["attention_masked"]
+        value.backward()
+        gradients.append((value.item(), student["c3"].grad))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    assert not torch.allclose(gradients[0][1], gradients[1][1], rtol=0.01)
+
+
+def test_a_temperature_in_units_of_the_spread_ignores_the_features_scale() -> None:
+    student, teacher = features()
+    larger = [{"c3": 100 * side["c3"]} for side in (student, teacher)]
+    loss = masked(masks="spread", temperature=2.0)
+    torch.testing.assert_close(loss(*larger), loss(student, teacher))
+    maps = featkd.spatial_attention(student["c3"]), torch.ones(2, 5)
+    assert torch.allclose(standard(maps[0]).flatten(1).std(1), torch.ones(2))
+    assert torch.equal(standard(maps[1]), maps[1])
+
+
+def test_masks_of_centred_attention_do_not_see_what_all_positions_have() -> None:
+    student, teacher = (side["c3"] for side in features())
+    offset = torch.rand(2, teacher.shape[1], 1, 1)
+    shifted = student + 1, teacher + offset, teacher - offset
+    centred = [x - x.mean((2, 3), keepdim=True) for x in (student, teacher, teacher)]
+    loss, plain = (
+        masked(**settings).attention_masked["c3"] for settings in ({"masks": "centred"}, {})
+    )
+    torch.testing.assert_close(loss._masks(*shifted, None), plain._masks(*centred, None))
+
+
+def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
+    by_element = masked(unit="element", normalize=False)
+    whole = masked(normalize=False)
+    by_element.levels["c3"].load_state_dict(
+        {key.replace(".c3.", ".features."): value for key, value in whole.state_dict().items()}
+    )
+    found, printed = by_element(*features()), whole(*features())
+    root = math.sqrt(5 * 4 * 6)
+    torch.testing.assert_close(found, {name: value / root for name, value in printed.items()})
+
+
+def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
+    plain = masked()(*features())["attention_masked"].item()
+    factors = {}
+    for schedule in ("warm-up", "decay"):
+        loss = masked(schedule=schedule)
+        steps = []
+        for _ in range(10):
+            fresh = masked(schedule=schedule)
+            fresh.load_state_dict(loss.state_dict())
+            steps.append(loss(*features())["attention_masked"].item() / plain)
+            again = fresh(*features())["attention_masked"].item() / plain
+            assert again == pytest.approx(steps[-1])
+        factors[schedule] = steps
+    assert factors["warm-up"] == pytest.approx([0, 0.5] + [1] * 8)
+    assert factors["decay"][0] == pytest.approx(1)
+    assert factors["decay"][5] == pytest.approx(0.5)
+    assert factors["decay"] == sorted(factors["decay"], reverse=True)
+
+
+def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
+    loss = masked(beta=0.0, gamma=1.0, reduction="mean", relation="tied")
+    (module,) = loss.non_local.values()
+    adapter, relation = module.student_relation
+    assert relation is module.teacher_relation
+    student, teacher = features()
+    ours, theirs = relation(adapter(student["c3"])), relation(teacher["c3"])
+    expected = ((ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1)).mean()
+    assert loss(student, teacher)["non_local"].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,1 @@
+"""The main job: a detector with and without distillation, `python -m examples.detection`."""
