@@ -362,7 +362,8 @@ def standardized_masked_by_functions(module: nn.Module, student: Tensor, teacher
         maps = [featkd.spatial_attention(x).detach()[:, None] for x in (student, teacher)]
         maps = [featkd.standardize(x)[:, 0] for x in maps]
         masks["spatial_mask"] = featkd.attention_mask(*maps, temperature=module.temperature)
-        maps = [featkd.channel_attention(x).detach() for x in (adapted, teacher)]
+        unbiased = adapted - module.adapter.bias[:, None, None]
+        maps = [featkd.channel_attention(x).detach() for x in (unbiased, teacher)]
         maps = [featkd.standardize(x[:, None, :, None])[:, 0, :, 0] for x in maps]
         masks["channel_mask"] = featkd.attention_mask(*maps, temperature=module.temperature)
     return featkd.attention_masked_loss(adapted, teacher, **masks, standardize=True)

@@ -121,7 +121,7 @@ class AttentionTransferLoss(LevelLoss):
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
         normalize: divide by the loss of an all-zero student, image by image (beyond the paper).
-        standardize: as in the function; the student's maps are standardised before the adapters too.
+        standardize: as in the function; the adapters too get standardised maps.
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 
