@@ -30,7 +30,7 @@ CHECKPOINTS = {
     "torchvision_reference": (["--output-dir", "."], "model_0.pth"),
     "vit_teacher": (["--checkpoint", "vit.pt"], "vit.pt"),
 }
-DISTILLATION = {"attention_transfer", "attention_masked", "non_local"}
+DISTILLATION = {"loss_attention_transfer", "loss_attention_masked", "loss_non_local"}
 
 pytestmark = [
     # Lightning walks its loaders by a class that newer versions of torch call deprecated.
@@ -114,7 +114,7 @@ def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> set[str
 
 def printed_losses(output: str) -> list[dict[str, float]]:
     """The losses by name of each training step."""
-    steps = [line for line in output.splitlines() if "attention_masked" in line]
+    steps = [line for line in output.splitlines() if "loss_attention_masked" in line]
     number = re.compile(r"(\w+) (-?\d+\.\d+|nan|-?inf)\b")
     return [{name: float(value) for name, value in number.findall(line)} for line in steps]
 
@@ -139,7 +139,7 @@ def test_each_step_prints_finite_losses_of_detector_and_distillation(run: Run) -
     assert len(steps) == STEPS
     for losses in steps:
         assert losses.keys() > DISTILLATION
-        assert losses["attention_masked"] > 0
+        assert losses["loss_attention_masked"] > 0
         assert all(map(math.isfinite, losses.values()))
 
 

@@ -67,7 +67,7 @@ def test_what_enters_or_leaves_the_fpn_is_distilled(detector: str, taps: str) ->
     image = [torch.rand(3, 96, 96)]
     target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.tensor([1])}
     _, losses = distiller(image, [target])
-    assert losses["attention_masked"] > 0
+    assert losses["loss_attention_masked"] > 0
 
 
 @pytest.mark.slow
@@ -174,12 +174,12 @@ def test_a_loss_that_is_no_number_stops_the_job_at_that_step(
         steps.append(len(steps))
         losses, distillation = backward(*rest)
         if len(steps) == 11:
-            distillation["attention_masked"] = torch.tensor(float("nan"))
+            distillation["loss_attention_masked"] = torch.tensor(float("nan"))
         return losses, distillation
 
     backward = training.backward
     monkeypatch.setattr(training, "backward", lost)
-    text = "distilled: attention_masked is nan at step 3; .* the checkpoint of step 2 is kept"
+    text = "distilled: loss_attention_masked is nan at step 3; .* the checkpoint of step 2 is kept"
     with pytest.raises(SystemExit, match=text):
         run("--output", tmp_path)
     assert torch.load(tmp_path / "distilled.checkpoint.pt", weights_only=True)["step"] == 2

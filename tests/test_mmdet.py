@@ -144,8 +144,7 @@ def distilled(distiller):
             if mode != "loss":
                 return self.distiller.student(inputs, data_samples, mode=mode)
             output, losses = self.distiller(inputs, data_samples, mode="loss")
-            # mmengine adds up the names with "loss" in them, and only logs the others.
-            return output | {f"loss_{name}": value for name, value in losses.items()}
+            return output | losses
 
     return Distilled()
 

@@ -35,7 +35,7 @@ def test_live_masks_have_the_same_value_and_another_gradient() -> None:
     for settings in ({}, {"masks": "live"}):
         student, teacher = features()
         student["c3"].requires_grad_()
-        value = masked(**settings)(student, teacher)["attention_masked"]
+        value = masked(**settings)(student, teacher)["loss_attention_masked"]
         value.backward()
         gradients.append((value.item(), student["c3"].grad))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
@@ -75,7 +75,7 @@ def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
 
 
 def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
-    plain = masked()(*features())["attention_masked"].item()
+    plain = masked()(*features())["loss_attention_masked"].item()
     factors = {}
     for schedule in ("warm-up", "decay"):
         loss = masked(schedule=schedule)
@@ -83,8 +83,8 @@ def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
         for _ in range(10):
             fresh = masked(schedule=schedule)
             fresh.load_state_dict(loss.state_dict())
-            steps.append(loss(*features())["attention_masked"].item() / plain)
-            again = fresh(*features())["attention_masked"].item() / plain
+            steps.append(loss(*features())["loss_attention_masked"].item() / plain)
+            again = fresh(*features())["loss_attention_masked"].item() / plain
             assert again == pytest.approx(steps[-1])
         factors[schedule] = steps
     assert factors["warm-up"] == pytest.approx([0, 0.5] + [1] * 8)
@@ -101,4 +101,6 @@ def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
     student, teacher = features()
     ours, theirs = relation(adapter(student["c3"])), relation(teacher["c3"])
     expected = ((ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1)).mean()
-    assert loss(student, teacher)["non_local"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss(student, teacher)["loss_non_local"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
