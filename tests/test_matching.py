@@ -6,8 +6,17 @@ import re
 import pytest
 import torch
 import torchvision
-from cases import normal
-from models import (
+from torch import nn
+
+from featkd import (
+    Distiller,
+    FeatureDistillationLoss,
+    FeatureTap,
+    from_channels_last,
+    match_layers,
+)
+from tests.helpers.cases import normal
+from tests.helpers.models import (
     DETECTORS,
     NORMALIZED,
     Net,
@@ -22,15 +31,6 @@ from models import (
     timm_backbone,
     unchanged,
     watch,
-)
-from torch import nn
-
-from featkd import (
-    Distiller,
-    FeatureDistillationLoss,
-    FeatureTap,
-    from_channels_last,
-    match_layers,
 )
 
 PIXELS = normal(1, 3, 64, 96, dtype=torch.float32)

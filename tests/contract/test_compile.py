@@ -1,0 +1,124 @@
+"""torch.compile(fullgraph=True) gives the values and gradients of eager."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import featkd
+from tests.helpers.cases import ALL_TERMS, CASES, MODULE_CASES, close, normal
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+INDUCTOR = ["masked-both", "concatenation-keys", "embedded_gaussian-keys"]
+
+
+def value_and_gradients(call, tensors):
+    output = call(*tensors)
+    weights = normal(*output.shape, seed=9, dtype=output.dtype)
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    return [output, *torch.autograd.grad((weights * output).sum(), wanted)]
+
+
+def agree(call, compiled, tensors, tolerance=1e-10):
+    eager = value_and_gradients(call, tensors)
+    for a, b in zip(value_and_gradients(compiled, tensors), eager, strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, tolerance)
+
+
+def leaves(case, **options):
+    return [value.requires_grad_() for value in case.inputs(**options).values()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_functions(case):
+    compiled = torch.compile(case.of_one, fullgraph=True, backend="aot_eager")
+    agree(case.of_one, compiled, leaves(case))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in INDUCTOR], ids=str)
+def test_functions_by_inductor(case):
+    compiled = torch.compile(case.of_one, fullgraph=True)
+    agree(case.of_one, compiled, leaves(case, dtype=torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in INDUCTOR], ids=str)
+def test_inductor_does_not_hide_nan(case):
+    compiled = torch.compile(case.of_one, fullgraph=True)
+    for index in range(len(case.inputs())):
+        tensors = list(case.inputs(1, (2, 3), torch.float32).values())
+        tensors[index].view(-1)[-1] = math.nan
+        expected = case.of_one(*tensors).isnan()
+        assert expected.any()
+        assert compiled(*tensors)[expected].isnan().all()
+
+
+TOTAL = next(case for case in MODULE_CASES if case.name == "total")
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "aot_eager") for case in MODULE_CASES), (TOTAL, "inductor")],
+    ids=str,
+)
+def test_modules(case, backend):
+    module, (student, teacher) = case.module(), case.features()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    tensors = [student.requires_grad_(), teacher]
+    eager = torch.autograd.grad(module(*tensors).sum(), [student, *parameters])
+    value = compiled(*tensors)
+    close(value, module(*tensors))
+    gradients = torch.autograd.grad(value.sum(), [student, *parameters])
+    for a, b in zip(gradients, eager, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("loss", ["transfer", "masked-both", "non_local"], ids=str)
+def test_equal_features_have_gradient_0(loss):
+    case = next(case for case in CASES if case.name == loss)
+    compiled = torch.compile(case.of_one, fullgraph=True, backend="aot_eager")
+    first, _, *masks = case.inputs().values()
+    student = first.requires_grad_()
+    value, gradient = value_and_gradients(compiled, [student, first.detach(), *masks])
+    close(value, 0.0, 0.0)
+    close(gradient, torch.zeros_like(gradient), 0.0)
+
+
+def test_the_overall_loss_by_level_returns_its_dict():
+    channels = {"c3": 4, "layer.4": 6}
+    loss = featkd.FeatureDistillationLoss(channels, channels, hyperparameters=ALL_TERMS).double()
+    student = {"c3": normal(2, 4, 4, 6, seed=1), "layer.4": normal(2, 6, 2, 3, seed=2)}
+    teacher = {"c3": normal(2, 4, 4, 6, seed=3), "layer.4": normal(2, 6, 2, 3, seed=4)}
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher)
+    for name, value in loss(student, teacher).items():
+        close(compiled[name], value)
+
+
+def test_another_size_recompiles_at_most_once():
+    """Multi-scale training: after the second size, the graph takes any."""
+    counter = CompileCounter()
+    module = TOTAL.module()
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for height, width in [(4, 6), (8, 10), (6, 14), (12, 8)]:
+        features = TOTAL.features(positions=(height, width))
+        close(compiled(*features), module(*features))
+    assert counter.frame_count <= 2
+
+
+def test_autocast_changes_nothing():
+    module, features = TOTAL.module().float(), TOTAL.features(dtype=torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected = module(*features)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = compiled(*features)
+    assert value.dtype == torch.float32
+    close(value, expected, 1e-6)
+
+
+def test_bad_input_is_reported_by_the_compiled_function_too():
+    compiled = torch.compile(featkd.non_local_loss, backend="aot_eager")
+    with pytest.raises(ValueError, match="`student_relation` must"):
+        compiled(torch.ones(1, 2, 3), torch.ones(1, 2, 4))

@@ -1,0 +1,304 @@
+"""Misuse that no single argument shows, and texts; the rest is in the table of `misuse.py`."""
+
+import copy
+import dataclasses
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import featkd
+from featkd import functional as f
+from featkd._checks import require_losses
+from featkd.taps.layouts import converts_by_side
+from tests.helpers.misuse_kinds import NESTED
+from tests.helpers.models import raises
+
+MAP = torch.ones(2, 3, 4, 5)
+OTHER_CHANNELS = torch.ones(2, 7, 4, 5)
+
+
+def shapes(*tensors):
+    return [str(tuple(tensor.shape)) for tensor in tensors]
+
+
+def test_a_spatial_adapter_does_not_excuse_other_channels():
+    call = partial(f.attention_transfer_loss, spatial_adapter=lambda attention: attention)
+    raises(ValueError, lambda: call(MAP, OTHER_CHANNELS), *shapes(MAP, OTHER_CHANNELS))
+
+
+def test_a_channel_adapter_excuses_other_channels_alone():
+    call = partial(f.attention_transfer_loss, channel_adapter=lambda attention: torch.zeros(2, 7))
+    assert call(MAP, OTHER_CHANNELS) > 0
+    raises(ValueError, lambda: call(MAP, OTHER_CHANNELS[:1]), *shapes(MAP, OTHER_CHANNELS[:1]))
+
+
+def test_the_concatenation_takes_one_logit_a_side_where_both_have_more():
+    raises(ValueError, lambda: f.concatenation_relation(MAP, MAP, MAP), "`theta`", *shapes(MAP))
+
+
+@pytest.mark.parametrize("value", [MAP[0], MAP[None]], ids=["rank3", "rank5"])
+def test_two_maps_of_one_wrong_rank(value):
+    for call in (f.attention_transfer_loss, f.attention_masked_loss):
+        raises(ValueError, lambda call=call: call(value, value), *shapes(value))
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_resize_does_not_excuse_another_batch(resize):
+    loss = featkd.AttentionMaskedLoss(3, 3, temperature=0.5, resize=resize)
+    other = torch.ones(1, 3, 8, 8)
+    raises(ValueError, lambda: loss(other, MAP), *shapes(MAP))
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_resize_does_not_excuse_another_device(resize):
+    loss = featkd.AttentionMaskedLoss(3, 3, temperature=0.5, resize=resize)
+    other = torch.ones(2, 3, 8, 8, device="meta")
+    raises(ValueError, lambda: loss(other, MAP), "cpu", "meta")
+
+
+def test_terms_without_weight_are_checked_too():
+    build = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.NORMALIZED)
+    raises(TypeError, lambda: build(3, 3, subsample="2"), "`subsample`", "str")
+    raises(ValueError, lambda: build(3, 3, inter_channels=0), "`inter_channels`", "got 0")
+
+
+def test_the_largest_number_is_finite():
+    assert featkd.AttentionMask(sys.float_info.max).temperature == sys.float_info.max
+    raises(ValueError, lambda: featkd.AttentionMask(2 * sys.float_info.max), "got inf")
+
+
+# --- the texts, word for word ---------------------------------------------------------------------
+
+META = MAP.to("meta")
+LAST = torch.ones(2, 4, 5, 3)
+LARGE = torch.ones(2, 3, 8, 8)
+TRANSFER = featkd.AttentionTransferLoss(3, 3)
+CHANNEL = featkd.AttentionTransferLoss(3, 3, attention="channel")
+MASKED = featkd.AttentionMaskedLoss(3, 3, temperature=0.5)
+OVERALL = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.NORMALIZED)
+RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
+NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
+CONVERT = partial(converts_by_side, levels=["c1"])
+OTHER_SIZE = (
+    "got (2, 3, 8, 8): for other strides take the loss's `resize`, for models that resize images "
+    "the distiller's `shared_input`."
+)
+
+
+def masked(**masks):
+    return f.attention_masked_loss(MAP, MAP, **masks)
+
+
+def transfer(teacher=MAP, **options):
+    return f.attention_transfer_loss(MAP, teacher, **options)
+
+
+def masks_of(student=MAP, teacher=MAP, **options):
+    return f.attention_mask(student, teacher, **{"temperature": 1.0, **options})
+
+
+def at_level(student=MAP, teacher=MAP, **options):
+    return OVERALL({"c1": 3}, {"c1": 3}, **options)({"c1": student}, {"c1": teacher})
+
+
+TEXTS = {
+    "`normalize` must be False with `standardize`, got True.": (
+        lambda: featkd.NonLocalLoss(3, 3, kind="gaussian", normalize=True, standardize=True)
+    ),
+    "`reduction` must be 'none', 'mean' or 'sum' with `standardize`, which gives no norm, "
+    "got 'norm'.": lambda: f.non_local_loss(MAP, MAP, reduction="norm", standardize=True),
+    # the checks
+    "`features` must be a tensor, got list.": lambda: f.spatial_attention([1.0]),
+    "`features` must be a tensor of float16, bfloat16, float32 or float64, got torch.int64.": (
+        lambda: f.channel_attention(MAP.long())
+    ),
+    "`features` must be a dense tensor, got torch.sparse_coo.": (
+        lambda: f.spatial_attention(MAP.to_sparse())
+    ),
+    "`features` must be a dense tensor, got a nested tensor.": lambda: f.spatial_attention(NESTED),
+    "`features` must have the shape (B, C, H, W) with C, H and W at least 1, got (3, 4, 5).": (
+        lambda: f.channel_attention(MAP[0])
+    ),
+    "`student` must be on the device of `teacher` meta, got cpu.": lambda: transfer(META),
+    "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5).": (
+        lambda: f.attention_masked_loss(MAP, OTHER_CHANNELS)
+    ),
+    "`student` must have the batch, height and width of `teacher` (2, 7, 6, 5), "
+    "got (2, 3, 4, 5).": lambda: transfer(torch.ones(2, 7, 6, 5), channel_adapter=len),
+    "`reduction` must be a string, got int.": lambda: transfer(reduction=1),
+    "`reduction` must be one of 'none', 'mean', 'sum', 'norm', 'mean_square', got 'max'.": (
+        lambda: transfer(reduction="max")
+    ),
+    "`absolute` must be True or False, got int.": lambda: transfer(absolute=1),
+    "`temperature` must be a number, got str.": lambda: masks_of(temperature="1"),
+    "`temperature` must be finite and above 0, got 0.": lambda: masks_of(temperature=0),
+    "`scale` must be finite, got inf.": (
+        lambda: f.embedded_gaussian_relation(MAP, MAP, MAP, scale=torch.inf)
+    ),
+    "`alpha` must be at least 0, got -1.": lambda: featkd.Hyperparameters(-1, 0, 0, 1),
+    "`student_channels` must be an integer, got str.": lambda: NON_LOCAL("3", 3),
+    "`student_channels` must be at least 1, got 0.": lambda: OVERALL(0, 3),
+    "`teacher_channels` must be below 2**31, got 2147483648.": lambda: OVERALL(3, 2**31),
+    "`loss` must return a mapping from name to tensor, got list.": lambda: require_losses([], None),
+    "`loss` must return tensors, got float for 'l'.": lambda: require_losses({"l": 1.0}, None),
+    # functions
+    "`spatial_adapter` must be callable or None, got str.": (
+        lambda: transfer(spatial_adapter="conv")
+    ),
+    "`spatial_adapter` must return a tensor, got float.": (
+        lambda: transfer(spatial_adapter=lambda x: 1.0)
+    ),
+    "`spatial_adapter` must have a result of the shape (2, 1, 4, 5), got (1, 1, 4, 5).": (
+        lambda: transfer(spatial_adapter=lambda x: x[:1])
+    ),
+    "`channel_adapter` must be on the device of `teacher` cpu, got meta.": (
+        lambda: transfer(channel_adapter=lambda x: x.to("meta"))
+    ),
+    "`spatial_mask` must have the shape (2, 4, 5), got (2, 5, 4).": (
+        lambda: masked(spatial_mask=torch.ones(2, 5, 4))
+    ),
+    "`channel_mask` must have the shape (2, 3), got (3, 2).": (
+        lambda: masked(channel_mask=torch.ones(3, 2))
+    ),
+    "`channel_mask` must be on the device of `student` cpu, got meta.": (
+        lambda: masked(channel_mask=torch.ones(2, 3, device="meta"))
+    ),
+    "`student_attention` must have the shape (B, ...) with at least one element per image, "
+    "got (3,).": lambda: masks_of(torch.ones(3)),
+    "`teacher_attention` must have the shape of `student_attention` (2, 3, 4, 5), "
+    "got (3, 4, 5).": lambda: masks_of(teacher=MAP[0]),
+    "`teacher_attention` must be on the device of `student_attention` cpu, got meta.": (
+        lambda: masks_of(teacher=META)
+    ),
+    "`fusion` must be one of 'logits', 'probabilities', got 'mean'.": (
+        lambda: masks_of(fusion="mean")
+    ),
+    "`features` must have the shape (B, D, *positions) with at least one position, got (4, 5).": (
+        lambda: f.gaussian_relation(MAP[0, 0], MAP)
+    ),
+    "`theta` must have the shape (B, 1, *positions), got (2, 3, 4, 5).": (
+        lambda: f.concatenation_relation(MAP, MAP, MAP)
+    ),
+    "`phi` must have the batch and width of `theta` (2, 3, 4, 5), got (2, 7, 4, 5).": (
+        lambda: f.dot_product_relation(MAP, OTHER_CHANNELS, MAP)
+    ),
+    "`g` must have the batch and positions of `phi` (2, 3, 4, 5), got (2, 3, 8, 8).": (
+        lambda: f.dot_product_relation(MAP, MAP, LARGE)
+    ),
+    "`g` must be on the device of `theta` cpu, got meta.": (
+        lambda: f.dot_product_relation(MAP, MAP, META)
+    ),
+    "`student_relation` must have the shape of `teacher_relation` (2, 7, 4, 5), "
+    "got (2, 3, 4, 5).": lambda: f.non_local_loss(MAP, OTHER_CHANNELS),
+    "`student_relation` must be on the device of `teacher_relation` meta, got cpu.": (
+        lambda: f.non_local_loss(MAP, META)
+    ),
+    # layouts
+    "`features` must have the shape (B, H, W, C) with H, W and C at least 1, got (3, 4, 5).": (
+        lambda: featkd.from_channels_last(MAP[0])
+    ),
+    "`size` must be a pair (H, W), got 'ab'.": lambda: featkd.from_tokens(MAP[0], "ab"),
+    "`size[0]` must be at least 1, got 0.": lambda: featkd.from_tokens(MAP[0], (0, 4)),
+    "`size[1]` must be at least 1, got 0.": lambda: featkd.from_tokens(MAP[0], (4, 0)),
+    "`prefix` must be at least 0, got -1.": lambda: featkd.from_tokens(MAP[0], (2, 2), prefix=-1),
+    "`suffix` must be at least 0, got -1.": lambda: featkd.from_tokens(MAP[0], (2, 2), suffix=-1),
+    "`tokens` must have the shape (B, 2147483660, C), 2147483647 + 3 x 4 + 1 tokens (`prefix`, "
+    "positions, `suffix`), got (3, 4, 5).": (
+        lambda: featkd.from_tokens(MAP[0], (3, 4), prefix=2**31 - 1, suffix=1)
+    ),
+    "`convert` must be a mapping from level to function, got list.": lambda: CONVERT([abs]),
+    "`convert` must name levels of ['c1'], got 'c2'.": lambda: CONVERT({"c2": abs}),
+    "`convert['c1']` must be a function or a (student's, teacher's) pair of functions or None, "
+    "got None.": lambda: CONVERT({"c1": None}),
+    "`convert['c1']` must be callable or None, got str.": lambda: CONVERT({"c1": (abs, "NHWC")}),
+    # modules
+    "`student` must have the shape (B, 3, H, W), got (2, 4, 5, 3): if its channels come last, "
+    "see `featkd.from_channels_last` and the argument `convert` of taps and distillers.": (
+        lambda: TRANSFER(LAST, MAP)
+    ),
+    "`teacher` must have the shape (B, 3, H, W), got (2, 20, 3): if its channels come last, "
+    "see `featkd.from_tokens` and the argument `convert` of taps and distillers.": (
+        lambda: TRANSFER(MAP, LAST.flatten(1, 2))
+    ),
+    "`student` must have the shape (B, 3, H, W), got (2, 7, 4, 5).": (
+        lambda: TRANSFER(OTHER_CHANNELS, MAP)
+    ),
+    f"`student` must have the height and width of `teacher` (2, 3, 4, 5), {OTHER_SIZE}": (
+        lambda: TRANSFER(LARGE, MAP)
+    ),
+    "`student` must be on the device of `loss` meta, got cpu.": (
+        lambda: copy.deepcopy(MASKED).to("meta")(MAP, MAP)
+    ),
+    "`student` must be on the device of `loss` cpu, got meta.": lambda: CHANNEL(META, META),
+    "`features` must be on the device of `NonLocalRelation` cpu, got meta.": (
+        lambda: RELATION(3)(META)
+    ),
+    "`adapted` must have the shape of `teacher` (2, 3, 4, 5), got (2, 7, 4, 5).": (
+        lambda: MASKED.masks(MAP, OTHER_CHANNELS, MAP)
+    ),
+    "`student` must have the batch, height and width of `teacher` (2, 3, 4, 5), "
+    "got (2, 3, 8, 8).": lambda: MASKED.masks(LARGE, MAP, MAP),
+    "`attention` must be one of 'both', 'spatial', 'channel', got 'all'.": (
+        lambda: featkd.AttentionTransferLoss(3, 3, attention="all")
+    ),
+    "`resize` must be one of 'nearest', 'area', 'bilinear', 'bicubic', got 'linear'.": (
+        lambda: OVERALL(3, 3, resize="linear")
+    ),
+    "`kind` must be one of 'gaussian', 'embedded_gaussian', 'dot_product', 'concatenation', "
+    "got 'dot'.": lambda: featkd.NonLocalRelation(3, kind="dot"),
+    "`inter_channels` must be at least 1, got 0.": lambda: RELATION(3, inter_channels=0),
+    "`residual` must be True or False, got int.": lambda: RELATION(3, residual=1),
+    "`batch_norm` must be False without `residual`, got True.": (
+        lambda: RELATION(3, batch_norm=True)
+    ),
+    "`batch_norm` must be False with `teacher_relation` 'fixed', as that block would stay the "
+    "identity it starts as, got True.": (
+        lambda: dataclasses.replace(featkd.RELEASED_ONE_STAGE, teacher_relation="fixed")
+    ),
+    "`teacher_relation` must be one of 'fixed', 'trained', got 'random'.": (
+        lambda: NON_LOCAL(3, 3, teacher_relation="random")
+    ),
+    "`normalize` must be True or False, got int.": lambda: NON_LOCAL(3, 3, normalize=1),
+    # the overall loss
+    "`hyperparameters` must be a Hyperparameters, got dict.": (
+        lambda: featkd.FeatureDistillationLoss(3, 3, hyperparameters={})
+    ),
+    "`teacher_channels` must be an integer, as `student_channels` is, got dict.": (
+        lambda: OVERALL(3, {"c1": 3})
+    ),
+    "`teacher_channels` must be a mapping, as `student_channels` is, got int.": (
+        lambda: OVERALL({"c1": 3}, 3)
+    ),
+    "`student_channels` must have strings for level names, got int.": lambda: OVERALL({1: 3}, {}),
+    "`student_channels` must have at least one level, none with a '/' or named like an attribute "
+    "of nn.ModuleDict, got ['keys'].": lambda: OVERALL({"keys": 3}, {"keys": 3}),
+    "`teacher_channels` must have the levels ['c1'], got ['c2'].": (
+        lambda: OVERALL({"c1": 3}, {"c2": 3})
+    ),
+    "`student_channels['c1']` must be at least 1, got 0.": lambda: OVERALL({"c1": 0}, {"c1": 3}),
+    "`teacher_channels['c1']` must be at least 1, got 0.": lambda: OVERALL({"c1": 3}, {"c1": 0}),
+    "`inter_channels['c1']` must be at least 1, got 0.": lambda: at_level(inter_channels=0),
+    "`subsample['c1']` must be at least 1, got 0.": lambda: at_level(subsample=0),
+    "`student_features` must be a tensor, got dict.": lambda: OVERALL(3, 3)({"c1": MAP}, MAP),
+    "`teacher_features` must be a mapping from level to tensor, got Tensor.": (
+        lambda: OVERALL({"c1": 3}, {"c1": 3})({"c1": MAP}, MAP)
+    ),
+    "`student_features['c1']` must have the shape (B, 3, H, W), got (2, 7, 4, 5).": (
+        lambda: at_level(OTHER_CHANNELS)
+    ),
+    f"`student_features['c1']` must have the height and width of `teacher_features['c1']` "
+    f"(2, 3, 4, 5), {OTHER_SIZE}": lambda: at_level(LARGE),
+    "`student_features['c1']` must have the batch, height and width of `teacher_features['c1']` "
+    "(2, 3, 4, 5), got (1, 3, 4, 5).": lambda: at_level(MAP[:1]),
+    "`student_features` must have the batch, height and width of `teacher_features` "
+    "(1, 3, 4, 5), got (2, 3, 4, 5).": lambda: OVERALL(3, 3)(MAP, MAP[:1]),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_text_of_an_error(text):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        TEXTS[text]()
+    assert str(caught.value) == text

@@ -1,0 +1,629 @@
+"""Distiller.report and what is logged at first use: figures, notes, and no trace left."""
+
+import copy
+import logging
+import math
+import random
+import re
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
+from featkd.report.detector_loss import detector_loss
+from featkd.report.magnitudes import magnitudes
+from tests.helpers.cases import close
+from tests.helpers.models import (
+    LEVELS,
+    NORMALIZED,
+    Net,
+    detector,
+    detector_images,
+    detector_targets,
+    distillation_loss,
+    images,
+    raises,
+    snapshot,
+    unchanged,
+)
+
+MASKED = Hyperparameters(0.0, 1.0, 0.0, 0.5, normalize=True)
+
+
+class Student(Net):
+    """A `Net` with losses of its own, that draws random numbers and counts its steps."""
+
+    def __init__(self, width=4, scale=1.0):
+        super().__init__(width, inplace=False)
+        self.scale = scale
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, batch):
+        self.steps = self.steps + 1
+        noise = torch.rand(1).to(batch) + random.random()
+        output = super().forward(batch).square().mean()
+        return {"classes": self.scale * output, "boxes": 0.5 * self.scale * output + 0 * noise}
+
+
+def make(student=None, hyperparameters=NORMALIZED, **options):
+    loss = distillation_loss(hyperparameters=hyperparameters)
+    return Distiller(student or Student(), Net(6), loss, LEVELS, **options)
+
+
+def gradient_norm(value, model):
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None]).norm()
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_input", [None, "backbone"])
+def test_the_levels(shared_input):
+    distiller = make(shared_input=shared_input)
+    first, second = distiller.report(images()).levels
+    assert (first.name, first.student_path, first.teacher_path) == ("c1", *["backbone.c1"] * 2)
+    assert (first.student_shape, first.teacher_shape) == ((2, 4, 8, 12), (2, 6, 8, 12))
+    assert (first.student_stride, first.teacher_stride) == (2.0, 2.0)
+    assert (second.student_stride, second.teacher_stride) == (4.0, 4.0)
+    trained = [value for value in distiller.loss.parameters() if value.requires_grad]
+    assert first.adapter_parameters > 0
+    assert first.adapter_parameters + second.adapter_parameters == sum(p.numel() for p in trained)
+
+
+def test_the_size_of_the_features_is_before_the_adapters():
+    distiller = make()
+    distiller.loss.requires_grad_(False)
+    for parameter in distiller.loss.parameters():
+        parameter.mul_(100.0)
+    with (
+        FeatureTap(distiller.student, LEVELS) as ours,
+        FeatureTap(distiller.teacher, LEVELS) as its,
+    ):
+        distiller(images())
+        expected = [tap.pop() for tap in (ours, its)]
+    for level in distiller.report(images()).levels:
+        sizes = [side[level.name].square().mean().sqrt().item() for side in expected]
+        assert [level.student_rms, level.teacher_rms] == pytest.approx(sizes, rel=1e-9)
+
+
+def test_each_term_is_judged_by_its_gradient_beside_the_detectors():
+    """On what the taps reach: not on the student's head, which the distillation never moves."""
+    distiller = make()
+    report = distiller.report(images())
+    names = (
+        "detector",
+        "loss_attention_transfer",
+        "loss_attention_masked",
+        "loss_non_local",
+        "distillation",
+    )
+    norms = {}
+    for name in names:
+        own, losses = distiller(images())
+        everything = losses | {"detector": sum(own.values()), "distillation": sum(losses.values())}
+        norms[name] = gradient_norm(everything[name], distiller.student.backbone).item()
+        found = {"detector": report.detector, "distillation": report.distillation}
+        term = found.get(name) or next(term for term in report.terms if term.name == name)
+        assert term.value == pytest.approx(everything[name].item(), rel=1e-9)
+        assert term.gradient_norm == pytest.approx(norms[name], rel=1e-9)
+        assert term.gradient_ratio == pytest.approx(norms[name] / norms["detector"], rel=1e-9)
+    assert tuple(term.name for term in report.terms) == names[1:-1]
+    assert min(norms.values()) > 0
+
+
+def test_frozen_parts_of_the_student_are_left_out():
+    student = Student()
+    student.backbone.c1.requires_grad_(False)
+    loss = FeatureDistillationLoss(8, 12, hyperparameters=MASKED).double()
+    distiller = Distiller(student, Net(6), loss, {"c2": "backbone.c2"})
+    report = distiller.report(images())
+    assert report.levels[0].adapter_parameters == 8 * 12 + 12
+    _, losses = distiller(images())
+    expected = gradient_norm(losses["loss_attention_masked"], distiller.student.backbone.c2)
+    assert report.distillation.gradient_norm == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_without_a_known_loss_of_the_detector_there_is_no_ratio():
+    report = make(Net(4)).report(images())
+    assert report.detector is None
+    assert all(term.gradient_ratio is None for term in report.terms)
+    assert min(term.gradient_norm for term in report.terms) > 0
+    assert str(report).endswith("in training mode alone: `distiller.train()`).")
+
+
+def test_a_detector_that_does_not_train_what_the_distillation_reaches():
+    class Apart(Student):
+        def forward(self, batch):
+            self.backbone(batch)
+            return {"loss": self.head.weight.square().sum()}
+
+    report = make(Apart()).report(images())
+    assert report.detector.gradient_norm == 0
+    assert report.distillation.gradient_ratio is None
+    assert "has no gradient where the distillation's is" in report.notes[0]
+
+
+def test_a_report_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        make().report(images()).detector = None
+
+
+def test_printed_it_is_a_table():
+    lines = str(make().report(images())).splitlines()
+    assert lines[0].split() == [
+        "level",
+        "model",
+        "path",
+        "shape",
+        "stride",
+        "rms",
+        "channels",
+        "adapters",
+    ]
+    assert lines[1].startswith("c1     student  backbone.c1  2 x 4 x 8 x 12  2       0.")
+    assert lines[1].endswith("4 -> 6    109")
+    *teacher, size = lines[2].split()
+    assert teacher == ["teacher", "backbone.c1", *["2", "x", "6", "x", "8", "x", "12"], "2"]
+    assert float(size) > 0
+    assert [line.split("  ")[0] for line in lines[6:12]] == [
+        "term",
+        "detector",
+        "loss_attention_transfer",
+        "loss_attention_masked",
+        "loss_non_local",
+        "distillation",
+    ]
+    assert lines[6].endswith("gradient / detector's")
+    assert lines[7].split()[-1] == "1"
+    assert lines[13].startswith("The distillation's gradient is ")
+    assert len(lines) == 14
+
+
+def test_one_term_needs_no_sum():
+    distiller = Distiller(Summed(4), Net(6), Ratio(1.0), {"c1": "backbone.c1"})
+    assert "\ndistillation" not in str(distiller.report(images()))
+
+
+def test_a_detector_whose_images_are_a_list():
+    student, teacher = detector("mobilenet").train(), detector("mobilenet")
+    layers = {"c3": "backbone.body.6"}
+    loss = FeatureDistillationLoss(40, 40, hyperparameters=MASKED)
+    for shared_input, stride in (("backbone", 8.0), (None, None)):
+        options = {"shared_input": shared_input}
+        if shared_input is None:
+            options = {"teacher_forward": lambda model, batch, _: model(batch)}
+        distiller = Distiller(student, teacher, loss, layers, **options)
+        report = distiller.report(detector_images(), detector_targets())
+        assert report.levels[0].student_stride == report.levels[0].teacher_stride == stride
+        assert report.levels[0].adapter_parameters > 0
+        assert report.detector.gradient_ratio == 1
+        assert "c3" in str(report)
+
+
+class Adapted(nn.Module):
+    """A loss of the user's own, with adapters whose names may tell the level."""
+
+    def __init__(self, **adapters):
+        super().__init__()
+        self.adapters = nn.ModuleDict(adapters).double()
+        self.register_parameter("unused", nn.Parameter(torch.ones(5), requires_grad=False))
+
+    def forward(self, student, teacher):
+        adapted = [
+            adapter(student[level]).mean()
+            for level, adapter in zip(student, self.adapters.values(), strict=False)
+        ]
+        return {"mean": sum(adapted, start=student["c1"].mean()), "detector": student["c1"].mean()}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "levels", "counts", "rest"),
+    [
+        ({"c1": nn.Conv2d(4, 6, 1), "c2": nn.Conv2d(8, 6, 1)}, ("c1", "c2"), [30, 54], ""),
+        ({"c1": nn.Conv2d(4, 6, 1)}, ("c1", "c2"), [30, 0], ""),
+        ({"first": nn.Conv2d(4, 6, 1)}, ("c1", "c2"), [None, None], "30 parameters"),
+        ({"c1": nn.Conv2d(4, 6, 1), "x": nn.Linear(6, 2)}, ("c1", "c2"), [30, None], "14 param"),
+        ({"first": nn.Conv2d(4, 6, 1)}, ("c1",), [30], ""),
+        ({}, ("c1", "c2"), [0, 0], ""),
+    ],
+)
+def test_the_adapters_of_a_loss_that_is_not_featkds(adapters, levels, counts, rest):
+    layers = {level: LEVELS[level] for level in levels}
+    loss = Adapted(**copy.deepcopy(adapters))
+    report = Distiller(Student(), Net(6), loss, layers).report(images())
+    assert [level.adapter_parameters for level in report.levels] == counts
+    assert [term.name for term in report.terms] == ["mean", "detector"]
+    assert report.detector.value > 0
+    told = [note for note in report.notes if "names tell no level" in note]
+    assert [note.startswith(f"The loss trains {rest}") for note in told] == [True] * bool(rest)
+
+
+LOSS = torch.ones((), requires_grad=True)
+OUTPUTS = {
+    "mapping": ({"a": 2 * LOSS, "b": LOSS}, 3.0),
+    "lists of them": ({"a": [2 * LOSS, LOSS], "b": LOSS[None]}, 4.0),
+    "with an accuracy": ({"a": 2 * LOSS, "accuracy": torch.tensor(90.0)}, 2.0),
+    "an attribute": (SimpleNamespace(loss=2 * LOSS, logits=torch.ones(3)), 2.0),
+    "a scalar": (2 * LOSS, 2.0),
+    "a loss and items": ((2 * LOSS, {"box": torch.ones(())}), 2.0),
+    "parts and items": ((LOSS * torch.tensor([1.0, 2.0]), {"box": torch.ones(())}), 3.0),
+    "parts and their values": ((LOSS * torch.ones(3), torch.ones(3)), 3.0),
+    "a loss and logits": ((2 * LOSS, LOSS * torch.ones(2, 3)), 2.0),
+    "two losses in a tuple": ((2 * LOSS, LOSS), None),
+    "parts alone": ((LOSS * torch.ones(3),), None),
+    "two outputs": ((LOSS * torch.ones(3), LOSS * torch.ones(3)), None),
+    "maps": ((LOSS * torch.ones(2, 3), {"box": torch.ones(())}), None),
+    "an empty tuple": ((), None),
+    "no loss": (SimpleNamespace(loss=None, logits=torch.ones(3)), None),
+    "logits": (torch.ones(2, 3, requires_grad=True), None),
+    "a mapping of more": ({"loss": LOSS, "logits": torch.ones(3)}, None),
+    "an empty mapping": ({}, None),
+    "detections": ([{"boxes": torch.ones(3, 4)}], None),
+    "a constant": (torch.ones(()), None),
+    "a number": ({"a": 1.0}, None),
+}
+
+
+@pytest.mark.parametrize(("output", "expected"), OUTPUTS.values(), ids=OUTPUTS)
+def test_the_detectors_loss(output, expected):
+    found = detector_loss(output)
+    assert (None if found is None else found.item()) == expected
+
+
+# --- no trace -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_report_leaves_everything_as_it_was(training, gradients):
+    distiller = make().train(training)
+    distiller.student.backbone.c1.eval()
+    distiller.teacher.train()
+    models = distiller.student, distiller.teacher, distiller.loss
+    sum(sum(part.values()) for part in distiller(images())).backward()
+    distiller.teacher.train()
+    before = [snapshot(model) for model in models]
+    buffers = [id(buffer) for model in models for buffer in model.buffers()]
+    modes = [module.training for model in models for module in model.modules()]
+    gradients_before = {
+        name: value.grad.clone()
+        for name, value in distiller.named_parameters()
+        if value.grad is not None
+    }
+    numbers = torch.get_rng_state(), random.getstate()
+    with torch.set_grad_enabled(gradients):
+        report = distiller.report(images())
+        assert torch.is_grad_enabled() == gradients
+    assert report.detector.gradient_norm > 0
+    assert all(map(unchanged, models, before))
+    assert buffers == [id(buffer) for model in models for buffer in model.buffers()]
+    assert modes == [module.training for model in models for module in model.modules()]
+    for name, value in distiller.named_parameters():
+        if value.grad is not None:
+            close(value.grad, gradients_before.pop(name), 0.0)
+    assert not gradients_before
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert random.getstate() == numbers[1]
+    assert all(value.grad is None for value in distiller.teacher.parameters())
+
+
+def test_a_report_that_fails_leaves_everything_as_it_was_too():
+    distiller = make()
+    before = snapshot(distiller.student)
+    distiller.teacher.head.train()
+    fails = distiller.teacher.backbone.c2.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distiller.report(images())
+    fails.remove()
+    assert unchanged(distiller.student, before)
+    assert distiller.teacher.head.training
+
+
+def test_a_report_changes_no_later_step():
+    reported, plain = make(), None
+    plain = copy.deepcopy(reported)
+    reported.report(images())
+    for distiller in (reported, plain):
+        torch.manual_seed(1)
+        random.seed(1)
+        distiller.outcome = distiller(images())
+    for ours, expected in zip(reported.outcome, plain.outcome, strict=True):
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("part", ["student", "teacher", "distiller"])
+def test_a_report_of_compiled_parts(part, fresh_compiler):
+    plain = make(Net(4))
+    student, teacher, loss = copy.deepcopy((plain.student, plain.teacher, plain.loss))
+    counter = CompileCounterWithBackend("aot_eager")
+    if part == "student":
+        student = torch.compile(student, backend=counter)
+    elif part == "teacher":
+        teacher = torch.compile(teacher, backend=counter)
+    distiller = Distiller(student, teacher, loss, LEVELS)
+    if part == "distiller":
+        distiller = torch.compile(distiller, backend=counter)
+    expected = plain.report(images())
+    for ours, term in zip(distiller.report(images()).terms, expected.terms, strict=True):
+        assert ours.value == pytest.approx(term.value)
+        assert ours.gradient_norm == pytest.approx(term.gradient_norm)
+
+
+# --- notes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_parameters_that_no_optimizer_holds_are_noted(kind):
+    distiller = make()
+    make_optimizer = getattr(torch.optim, kind)
+    for part in ("student", "loss"):
+        optimizer = make_optimizer(
+            getattr(distiller, "loss" if part == "student" else "student").parameters(), 0.1
+        )
+        (note,) = [n for n in distiller.report(images(), optimizer=optimizer).notes if "optim" in n]
+        assert re.match(rf"[\d,]+ parameters in \d+ tensors \(such as '{part}\.", note)
+    optimizer = make_optimizer(distiller.parameters(), 0.1)
+    assert len(distiller.report(images(), optimizer=optimizer).notes) == 1
+
+
+def test_the_note_counts_what_is_left_out():
+    distiller = make()
+    held, *left_out = [value for value in distiller.loss.parameters() if value.requires_grad]
+    count = sum(value.numel() for value in left_out)
+    groups = [{"params": distiller.student.parameters()}, {"params": [held]}]
+    notes = distiller.report(images(), optimizer=torch.optim.SGD(groups, 0.1)).notes
+    assert notes[1].startswith(f"{count:,} parameters in {len(left_out)} tensors")
+
+
+class Ratio(nn.Module):
+    """A loss whose gradient is `ratio` times the detector's, whatever its value."""
+
+    def __init__(self, ratio, value=0.0):
+        super().__init__()
+        self.ratio, self.value = ratio, value
+
+    def forward(self, student, teacher):
+        loss = self.ratio * student["c1"].sum()
+        return {"term": loss - loss.detach() + self.value}
+
+
+class Summed(Net):
+    """A detector whose loss is the sum of the tapped level."""
+
+    def forward(self, batch):
+        return {"loss": self.backbone.c1(batch).sum()}
+
+
+RATIOS = [
+    (0.0044, "is 0.0044 times", " Multiply the weights by 2.3e+02."),
+    (0.49, "is 0.49 times", " Multiply the weights by 2."),
+    (0.5, "is 0.5 times", ""),
+    (4.0, "is 4 times", ""),
+    (4.1, "is 4.1 times", " Multiply the weights by 0.24."),
+]
+
+
+@pytest.mark.parametrize(("ratio", "said", "advice"), RATIOS)
+def test_the_weights_are_judged_by_the_gradient_and_not_by_the_size_of_the_loss(
+    ratio, said, advice
+):
+    distiller = Distiller(Summed(4), Net(6), Ratio(ratio, 1e6), {"c1": "backbone.c1"})
+    report = distiller.report(images())
+    assert report.distillation.gradient_ratio == pytest.approx(ratio)
+    (note,) = report.notes
+    assert said in note
+    assert "Aim at about 1: 2 to 4 at the start of training, 1 to 2 at its end." in note
+    assert note.endswith(advice or "at its end.")
+
+
+def weights_times(factor):
+    def change(teacher, student):
+        for value in teacher.backbone.parameters():
+            value.mul_(factor)
+
+    return change
+
+
+def constant(teacher, student):
+    for level in teacher.backbone:
+        level.conv.weight.zero_()
+        level.norm.bias.fill_(0.5)
+
+
+def tiny(teacher, student):
+    for level in teacher.backbone:
+        level.norm.weight.mul_(1e-9)
+    teacher.backbone.c2.conv.weight.mul_(1e9)
+
+
+STATES = {
+    "zero": (weights_times(0.0), "are zero: "),
+    "not finite": (weights_times(math.nan), "are not finite: "),
+    "infinite": (weights_times(math.inf), "are not finite: "),
+    "constant": (constant, "are the same at every position: "),
+    "huge": (weights_times(1e9), "have an absurd size (root mean square outside 1e-06 to 1000): "),
+    "tiny": (tiny, "have an absurd size "),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), STATES.values(), ids=STATES)
+def test_a_teacher_that_cannot_teach_is_noted_and_logged_once(change, said, caplog):
+    distiller = make(Student(), MASKED)
+    with torch.no_grad():
+        change(distiller.teacher, distiller.student)
+    report = distiller.report(images())
+    assert not caplog.records
+    (note,) = [note for note in report.notes if "teacher's features" in note]
+    assert note.startswith(f"The teacher's features at c1, c2 {said}")
+    assert f"\n\n{note}" in str(report)
+    for _ in range(2):
+        distiller(images())
+    logged = [text for text in messages(caplog, logging.WARNING) if "teacher's" in text]
+    assert logged == ["t" + note[1:]]
+
+
+def test_a_teacher_that_equals_the_student_is_noted():
+    student, teacher = Net(4).eval(), Net(4)
+    teacher.load_state_dict(student.state_dict())
+    distiller = Distiller(student, teacher, distillation_loss(4, 4, MASKED), LEVELS)
+    said = "are the student's own: it has the same weights, and nothing to teach."
+    assert f"The teacher's features at c1, c2 {said}" in distiller.report(images()).notes
+    student.backbone.c2.conv.weight.data.mul_(2.0)
+    assert f"The teacher's features at c1 {said}" in distiller.report(images()).notes
+    student.train()
+    assert not [note for note in distiller.report(images()).notes if "teacher's" in note]
+
+
+@pytest.mark.parametrize(
+    ("features", "fault"),
+    [
+        (torch.ones(2, 3, 1, 1), "same at every"),
+        (torch.ones(1, 3, 1, 1), ""),
+        (torch.full((2, 3, 4, 4), 1e-6), "same at every"),
+        (torch.arange(96.0).view(2, 3, 4, 4), ""),
+        (torch.arange(96.0).view(2, 3, 4, 4) - 5e4, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 1e-3, ""),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 600, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4) * 1e30, "absurd"),
+        (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ""),
+        (torch.ones(0, 3, 4, 4), ""),
+        (torch.ones(2, 3, 4, 4, device="meta"), ""),
+    ],
+)
+def test_what_is_wrong_with_a_teacher(features, fault):
+    found = magnitudes({"c": torch.zeros(1)}, {"c": features})["c"]
+    assert fault in found.fault
+    assert bool(fault) == bool(found.fault)
+    if features.numel() and not features.is_meta:
+        assert found.teacher == pytest.approx(features.double().square().mean().sqrt().item())
+    else:
+        assert found.teacher is None
+
+
+class Term(nn.Module):
+    """A loss that is this function of the student's features."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, student, teacher):
+        return self.function(student["c1"])
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x: {"term": x.sum() * math.nan}, "term is nan: a step with it spoils"),
+        (lambda x: {"term": x.sum() * math.inf}, "term is inf: a step with it spoils"),
+        (lambda x: {"term": x.detach().square().mean()}, "term has no gradient to the student's"),
+        (lambda x: {"term": 0 * x.sum()}, "the distillation loss is 0: nothing is distilled."),
+        (lambda x: {}, "the distillation loss is 0: nothing is distilled."),
+    ],
+    ids=["NaN", "inf", "detached", "zero", "no term"],
+)
+def test_a_loss_that_trains_nothing_is_noted(function, text):
+    distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
+    report = distiller.report(images())
+    assert report.notes[-1].startswith(text[0].upper() + text[1:])
+    assert str(report).endswith("".join(f"\n\n{said}" for said in report.notes))
+
+
+def test_an_optimizer_of_another_kind_is_an_error():
+    distiller = make()
+    raises(TypeError, lambda: distiller.report(images(), optimizer=[]), "`optimizer`", "list")
+
+
+# --- first use ------------------------------------------------------------------------------------
+
+
+def messages(caplog, level):
+    return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+def test_the_first_training_step_logs_the_levels_once(caplog):
+    caplog.set_level(logging.INFO, "featkd")
+    distiller = make()
+    distiller.eval()(images())
+    assert not caplog.records
+    distiller.train()
+    for _ in range(3):
+        distiller(images())
+    (text,) = messages(caplog, logging.INFO)
+    assert str(distiller.report(images())).split("\n\n")[0] in text
+    assert len(caplog.records) == 1
+
+
+def test_of_several_processes_the_first_alone_logs(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "featkd")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        distiller = make(Student(), MASKED)
+        with torch.no_grad():
+            weights_times(0.0)(distiller.teacher, distiller.student)
+        distiller(images())
+        assert len(caplog.records) == (0 if rank else 2)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_nothing_is_said_of_a_sound_step_whatever_the_detectors_loss(scale, capfd):
+    make(Student(scale=scale))(images())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_training_step_says_that_a_loss_is_not_finite(caplog):
+    loss = Term(lambda x: {"term": x.sum() * math.nan})
+    distiller = Distiller(Student(), Net(6), loss, {"c1": "backbone.c1"})
+    for _ in range(2):
+        distiller(images())
+    assert messages(caplog, logging.WARNING) == ["term is nan: a step with it spoils every weight."]
+
+
+def no_value_is_read(monkeypatch):
+    for name in ("item", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("read"))
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("read"))
+
+
+def test_a_silenced_logger_costs_no_reading_of_values(monkeypatch):
+    distiller = make()
+    monkeypatch.setattr(logging.getLogger("featkd"), "disabled", True)
+    no_value_is_read(monkeypatch)
+    distiller(images())
+
+
+def test_values_are_read_at_the_first_step_alone(monkeypatch):
+    distiller = make()
+    distiller(images())
+    no_value_is_read(monkeypatch)
+    distiller(images())
+
+
+def test_without_values_the_first_step_says_nothing(caplog):
+    class Mean(nn.Module):
+        def forward(self, student, teacher):
+            return {"mean": student["c1"].mean()}
+
+    models = [model.to("meta") for model in (Student(), Net(6))]
+    distiller = Distiller(*models, Mean(), {"c1": "backbone.c1"})
+    distiller(images().to("meta"))
+    assert not caplog.records
+
+
+@pytest.mark.one_graph
+def test_a_compiled_distiller_says_nothing_and_stays_one_graph(caplog, fresh_compiler):
+    caplog.set_level(logging.INFO, "featkd")
+    distiller = make(Net(4))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(distiller, fullgraph=True, backend=counter)
+    distiller.teacher.eval()
+    for _ in range(2):
+        compiled(images())
+    assert counter.frame_count == 1
+    assert not [record for record in caplog.records if record.name == "featkd"]
