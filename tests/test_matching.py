@@ -15,7 +15,6 @@ from featkd import (
     from_channels_last,
     match_layers,
 )
-from tests.helpers.cases import normal
 from tests.helpers.models import (
     DETECTORS,
     NORMALIZED,
@@ -32,6 +31,7 @@ from tests.helpers.models import (
     unchanged,
     watch,
 )
+from tests.helpers.tensors import normal
 
 PIXELS = normal(1, 3, 64, 96, dtype=torch.float32)
 

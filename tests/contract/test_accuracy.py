@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import featkd
 from benchmarks import accuracy
 from featkd import functional
-from tests.helpers.cases import CASES, KINDS, normal
+from tests.helpers.cases import CASES, KINDS
+from tests.helpers.tensors import normal
 
 TABLE = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
 ROW = re.compile(r"^\| `(\w+)`( \(long\))? \| (\S+) \| (\S+) \|", re.MULTILINE)

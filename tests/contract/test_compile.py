@@ -7,7 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import featkd
-from tests.helpers.cases import ALL_TERMS, CASES, MODULE_CASES, close, normal
+from tests.helpers.cases import CASES
+from tests.helpers.module_cases import ALL_TERMS, MODULE_CASES
+from tests.helpers.tensors import close, normal
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import featkd
-from tests.helpers.cases import CASES, KINDS, close
+from tests.helpers.cases import CASES, KINDS
+from tests.helpers.tensors import close
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 MAPS = {"c3": (8, 16), "c4": (16, 32)}

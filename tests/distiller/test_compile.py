@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, PatchTokens
-from tests.helpers.cases import close, normal
 from tests.helpers.models import LEVELS, Net, distillation_loss, images
+from tests.helpers.tensors import close, normal
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -27,7 +27,6 @@ from featkd import (
 )
 from featkd.distiller.placement import home, placed
 from featkd.taps.early_stop import stopped_after_last_capture
-from tests.helpers.cases import close
 from tests.helpers.models import (
     LEVELS,
     Net,
@@ -46,6 +45,7 @@ from tests.helpers.models import (
     unchanged,
     watch,
 )
+from tests.helpers.tensors import close
 
 
 def make(student=4, teacher=6, **options):

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import detection
 
 from featkd import FeatureDistillationLoss, Hyperparameters
-from tests.helpers.cases import normal
+from tests.helpers.tensors import normal
 
 # All three terms near 1 whatever the model, so that no gradient drowns in another.
 NORMALIZED = Hyperparameters(alpha=1.0, beta=1.0, gamma=1.0, temperature=0.5, normalize=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 from featkd import from_channels_last, from_tokens
-from tests.helpers.cases import normal
+from tests.helpers.tensors import normal
 
 IMAGES = normal(2, 3, 64, 96, dtype=torch.float32).sigmoid()
 BOXES = torch.tensor([[4.0, 6.0, 40.0, 50.0], [30.0, 10.0, 90.0, 60.0]])

@@ -5,20 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 import featkd
 from featkd import functional
 from tests.helpers import reference
-from tests.helpers.cases import close
+from tests.helpers.tensors import close, tensor
 
 EXAMPLE = json.loads((Path(__file__).with_name("released_values.json")).read_text())
-
-
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def tensors(node):

@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
 from featkd.report.detector_loss import detector_loss
 from featkd.report.magnitudes import magnitudes
-from tests.helpers.cases import close
 from tests.helpers.models import (
     LEVELS,
     NORMALIZED,
@@ -30,6 +29,7 @@ from tests.helpers.models import (
     snapshot,
     unchanged,
 )
+from tests.helpers.tensors import close
 
 MASKED = Hyperparameters(0.0, 1.0, 0.0, 0.5, normalize=True)
 

@@ -9,8 +9,8 @@ import torch
 import featkd
 from featkd import PatchTokens, from_channels_last, from_tokens
 from featkd.taps.layouts import converts_by_side
-from tests.helpers.cases import close, normal
 from tests.helpers.models import raises
+from tests.helpers.tensors import close, normal
 
 MAPS = normal(2, 5, 3, 4)
 CHANNELS_LAST = MAPS.permute(0, 2, 3, 1).contiguous()

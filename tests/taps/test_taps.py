@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 import featkd
 from featkd import FeatureTap, PatchTokens
-from tests.helpers.cases import close, normal
 from tests.helpers.models import (
     LEVELS,
     Net,
@@ -31,6 +30,7 @@ from tests.helpers.models import (
     snapshot,
     unchanged,
 )
+from tests.helpers.tensors import close, normal
 
 
 def captured(tap, call):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import featkd
 from featkd import testing
-from tests.helpers.cases import normal
+from tests.helpers.tensors import normal
 
 DETERMINISTIC = settings(derandomize=True, database=None, deadline=None, max_examples=30)
 NOT_SHRUNK = settings(DETERMINISTIC, phases=[Phase.generate])

@@ -1,0 +1,90 @@
+"""The adapters, and the batch normalisation of the released block."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from featkd import AttentionMaskedLoss, AttentionTransferLoss, NonLocalLoss
+from featkd.losses._adapters import BatchNorm2d, Conv2d, Linear
+from tests.helpers.module_cases import randomize
+from tests.helpers.tensors import close, gradients, normal
+
+
+def test_adapters_are_those_of_appendix_b():
+    transfer = AttentionTransferLoss(4, 3)
+    assert transfer.spatial_adapter.weight.shape == (1, 1, 3, 3)
+    assert transfer.channel_adapter.weight.shape == (3, 4)
+    assert AttentionMaskedLoss(4, 3, temperature=1.0).adapter.weight.shape == (3, 4, 1, 1)
+    assert NonLocalLoss(8, 6, kind="gaussian").adapter.weight.shape == (3, 4, 1, 1)
+    residual = NonLocalLoss(8, 6, kind="gaussian", residual=True)
+    assert residual.adapter.weight.shape == (6, 8, 1, 1)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(kernel_size):
+    features = normal(2, 3, 6, 7)
+    close(Conv2d(3, 3, kernel_size)(features), features, 0.0)
+
+
+def test_features_wider_than_the_parameters_are_not_rounded():
+    features = normal(2, 3, 6, 7)
+    close(Conv2d(3, 3, 1).half()(features), features, 0.0)
+    close(Linear(3, 3).half()(features[:, :, 0, 0]), features[:, :, 0, 0], 0.0)
+
+
+def test_a_batch_normalisation_is_torch_s_own_but_for_its_start():
+    layer, plain = BatchNorm2d(4).double(), nn.BatchNorm2d(4).double()
+    assert not layer.weight.any()
+    assert not layer.bias.any()
+    randomize(layer)
+    layer.num_batches_tracked.zero_()
+    plain.load_state_dict(layer.state_dict())
+    for training in (True, True, False):
+        features = [normal(2, 4, 3, 5, seed=7).requires_grad_() for _ in range(2)]
+        ours, torchs = (
+            each.train(training)(x) for each, x in zip((layer, plain), features, strict=True)
+        )
+        close(ours, torchs, 0.0)
+        for a, b in zip(
+            gradients(ours.square(), [features[0], *layer.parameters()]),
+            gradients(torchs.square(), [features[1], *plain.parameters()]),
+            strict=True,
+        ):
+            close(a, b, 0.0)
+        for name, value in plain.state_dict().items():
+            close(layer.state_dict()[name], value, 0.0)
+    layer.reset_parameters()
+    assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_narrow_batch_normalisation_keeps_its_statistics_of_wide_features(dtype):
+    layer, plain = BatchNorm2d(4), nn.BatchNorm2d(4).double()
+    randomize(layer)
+    layer = layer.to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    features = normal(2, 4, 3, 5)
+    for _ in range(2):
+        close(layer(features), plain(features))
+    assert layer.running_var.dtype == dtype
+    assert layer.num_batches_tracked == plain.num_batches_tracked
+    for name in ("running_mean", "running_var"):
+        close(getattr(layer, name), getattr(plain, name), 2 * torch.finfo(dtype).eps)
+
+
+def test_a_single_value_a_channel_is_its_own_mean():
+    """torch refuses it; its variance is no estimate, so that the kept statistics stay."""
+    layer = BatchNorm2d(4).double()
+    randomize(layer)
+    before = copy.deepcopy(layer.state_dict())
+    features = normal(1, 4, 1, 1).requires_grad_()
+    value = layer(features)
+    close(value, layer.bias[None, :, None, None], 0.0)
+    close(gradients(value, [features])[0], torch.zeros_like(features), 0.0)
+    assert layer(features * math.nan).isnan().all()
+    for name, kept in layer.state_dict().items():
+        close(kept, before[name], 0.0)
+    assert layer.eval()(features).ne(value).all()

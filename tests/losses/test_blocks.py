@@ -1,0 +1,112 @@
+"""Channels in blocks of 2 MiB: whatever their size, the same values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from featkd.losses import _blocks
+from tests.helpers.cases import CASES, gradients_of
+from tests.helpers.marks import each_case
+from tests.helpers.tensors import close, leaves, normal
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((1, 5, 512, 512), [2, 2, 1]),  # 1 MiB a channel
+        ((2, 2, 1024, 1024), [1, 1]),  # 8 MiB a channel: never less than one
+        ((1, 5, 3, 4), [5]),
+        ((0, 5, 3, 4), [5]),
+    ],
+    ids=str,
+)
+def test_blocks_of_channels_are_of_2_mib(shape, widths):
+    features = torch.empty(shape)
+    with torch.no_grad():
+        blocks = _blocks.channel_blocks(features)
+    assert [block.stop - block.start for block in blocks] == widths
+    assert len(_blocks.channel_blocks(features)) == 1  # where a graph is recorded
+
+
+@pytest.fixture
+def blocks_of_one(monkeypatch):
+    """The smallest blocks: each channel on its own."""
+    monkeypatch.setattr(_blocks, "_BLOCK_BYTES", 1)
+
+
+@each_case
+@pytest.mark.usefixtures("blocks_of_one")
+def test_in_blocks_value_and_gradient_are_those_of_the_loops(case):
+    tensors = leaves(case.inputs())
+    close(case(**tensors), case.expected(**tensors))
+    assert torch.autograd.gradcheck(case.of_one, tuple(tensors.values()))
+
+
+@each_case
+@pytest.mark.usefixtures("blocks_of_one")
+def test_in_blocks_lower_precision_and_other_layouts_change_nothing(case):
+    """The gradient is written in place: in the dtype and the layout of its input."""
+    tensors = {name: value.bfloat16() for name, value in case.inputs().items()}
+    wide = gradients_of(case, leaves({name: value.float() for name, value in tensors.items()}))
+    for turn in (lambda x: x, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        narrow = {name: turn(value).requires_grad_() for name, value in tensors.items()}
+        for name, gradient in gradients_of(case, narrow).items():
+            assert gradient.dtype == torch.bfloat16
+            close(gradient, wide[name], 1e-2)
+
+
+@each_case
+def test_in_blocks_second_derivatives_are_those_of_one_block(case, monkeypatch):
+    tensors = leaves(case.inputs())
+    found = []
+    for size in (_blocks._BLOCK_BYTES, 1):
+        monkeypatch.setattr(_blocks, "_BLOCK_BYTES", size)
+        inputs = tuple(tensors.values())
+        value = case(**tensors).square().sum()
+        gradient = torch.autograd.grad(value, inputs, create_graph=True)
+        total = sum(x.square().sum() for x in gradient)
+        found.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
+
+
+def plain_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    maps = [[x.abs().mean(dim).flatten(1) for x in (student, teacher)] for dim in (1, (2, 3))]
+    return sum((ours - theirs).norm(dim=1).mean() for ours, theirs in maps)
+
+
+def plain_masked(
+    student: Tensor, teacher: Tensor, spatial_mask: Tensor, channel_mask: Tensor
+) -> Tensor:
+    weights = spatial_mask[:, None] * channel_mask[:, :, None, None]
+    return ((student - teacher).square() * weights).sum((1, 2, 3)).sqrt().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("spatial_attention", lambda features: features.abs().mean(1)),
+        ("spatial_attention-signed", lambda features: features.mean(1)),
+        ("channel_attention", lambda features: features.abs().mean((2, 3))),
+        ("channel_attention-signed", lambda features: features.mean((2, 3))),
+        ("transfer", plain_transfer),
+        ("masked-both", plain_masked),
+    ],
+)
+def test_maps_of_several_megabytes_equal_the_plain_formula(name, plain):
+    """However the work is cut into blocks, each of 5 channels of 0.96 MB is counted once."""
+    case = next(case for case in CASES if case.name == name)
+    tensors = {}
+    for index, (key, shape) in enumerate(case.shapes(2, 200, 300).items()):
+        shape = tuple(5 if size == 3 else size for size in shape)
+        tensors[key] = normal(*shape, seed=index)
+        if key.endswith("mask"):
+            tensors[key] = tensors[key].exp()
+    tensors = leaves(tensors)
+    expected = plain(**tensors)
+    output = case(**tensors)
+    close(output, expected)
+    weights = normal(*output.shape, seed=9)
+    expected = torch.autograd.grad((weights * expected).sum(), tensors.values())
+    for a, b in zip(gradients_of(case, tensors).values(), expected, strict=True):
+        close(1e3 * a, 1e3 * b)
