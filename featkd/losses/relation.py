@@ -34,10 +34,10 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
         tensor([[[[1.5000, 1.5000],
                   [1.5000, 1.5000]]]])
     """
-    require_positions("features", features)
+    _require_relation(features, features, g, query="features", key="features")
     # Here, so that its gradient is rounded once.
     wide = savable(features).to(compute_dtype(features))
-    return embedded_gaussian_relation(wide, wide, g)
+    return embedded_gaussian(wide, wide, g)
 
 
 def embedded_gaussian_relation(
@@ -181,17 +181,20 @@ def require_positions(name: str, value: Tensor) -> None:
         )
 
 
-def _require_relation(theta: Tensor, phi: Tensor, g: Tensor) -> None:
-    for name, value in (("theta", theta), ("phi", phi), ("g", g)):
+def _require_relation(
+    theta: Tensor, phi: Tensor, g: Tensor, query: str = "theta", key: str = "phi"
+) -> None:
+    """`query` and `key` are the caller's names of theta and phi."""
+    for name, value in ((query, theta), (key, phi), ("g", g)):
         require_positions(name, value)
-        require_same_device(name, value, "theta", theta)
+        require_same_device(name, value, query, theta)
     if phi.shape[:2] != theta.shape[:2]:
         raise ValueError(
-            f"`phi` must have the batch and width of `theta` {tuple(theta.shape)}, "
+            f"`{key}` must have the batch and width of `{query}` {tuple(theta.shape)}, "
             f"got {tuple(phi.shape)}."
         )
     if g.shape[0] != phi.shape[0] or g.shape[2:] != phi.shape[2:]:
         raise ValueError(
-            f"`g` must have the batch and positions of `phi` {tuple(phi.shape)}, "
+            f"`g` must have the batch and positions of `{key}` {tuple(phi.shape)}, "
             f"got {tuple(g.shape)}."
         )
