@@ -88,8 +88,8 @@ class Row:
             for wrong in wrongs:
                 what = f"{name}={shown(wrong.value)}"
                 call = partial(self.call, **{**self.right, name: wrong.value})
-                mentions = (f"`{name}", *wrong.mentions) if wrong.expected is TypeError else ()
-                mentions = mentions or wrong.mentions
+                named = (f"`{name}",) if isinstance(wrong.expected, type) else ()
+                mentions = (*named, *wrong.mentions)
                 yield Cell(self.name, wrong.kind, what, call, wrong.expected, mentions)
         for what, wrong in self.others.items():
             yield Cell(self.name, wrong.kind, what, wrong.value, wrong.expected, wrong.mentions)

@@ -356,7 +356,6 @@ FUNCTIONS = [
                 *(Wrong("no number", (3, v), TypeError, ("size[1]",)) for v in (4.0, True)),
                 Wrong("number", (0, 4), ValueError, ("`size[0]`", 0)),
                 Wrong("number", (3, -4), ValueError, ("`size[1]`", -4)),
-                Wrong("number", (4, 4), ValueError, ("4 x 4", tuple(TOKENS.shape))),
             ],
             "suffix": [
                 *count(least=0),
@@ -372,11 +371,17 @@ FUNCTIONS = [
             ],
         },
         {
+            "a size that the tokens do not have": Wrong(
+                "number",
+                partial(featkd.from_tokens, TOKENS, (4, 4), prefix=1),
+                ValueError,
+                ("`tokens`", "4 x 4", tuple(TOKENS.shape)),
+            ),
             "an empty batch": Wrong(
                 "zero size",
                 partial(featkd.from_tokens, TOKENS[:0], (3, 4), prefix=1),
                 empty_or_zero,
-            )
+            ),
         },
         ONE_TENSOR | NO_STRING | NO_FLAG | NO_FUNCTION | NO_MODEL,
     ),

@@ -303,7 +303,6 @@ DISTILLER = Row(
             *ALIAS_OPTIONS,
             Wrong("no number", {"c1": 1.0}, TypeError, ("`calls['c1']`", "float")),
             Wrong("number", {"c1": 0}, ValueError, ("`calls['c1']`", 0)),
-            Wrong("levels", {"c1": 2}, ValueError, ("levels of `loss`", "c1[1]")),
         ],
         "convert": CONVERT,
     },
@@ -314,6 +313,13 @@ DISTILLER = Row(
             partial(distiller, shared_input="body", teacher_forward=print),
             "`shared_input`",
             "`teacher_forward`",
+        ),
+        "calls that the loss has no levels for": refused(
+            "levels",
+            ValueError,
+            partial(distiller, calls={"c1": 2}),
+            "levels of `loss`",
+            "c1[1]",
         ),
         "convert_input without shared_input": refused(
             "path", ValueError, partial(distiller, convert_input=print), "`shared_input`", "None"
