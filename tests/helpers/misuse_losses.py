@@ -98,7 +98,9 @@ def pair_cells(
     }
     if meta:  # a module's own parameters are elsewhere
         both = partial(call, student.to("meta"), teacher.to("meta"))
-        cells["both on another device"] = Wrong("device", both, ValueError, ("cpu", "meta"))
+        cells["both on another device"] = Wrong(
+            "device", both, ValueError, ("`loss`", "cpu", "meta")
+        )
     return cells
 
 
@@ -155,7 +157,9 @@ def result_cells() -> dict[str, Wrong]:
                 "function's result", adapted(name, value), TypeError, (f"`{name}` must", found)
             )
         away = adapted(name, torch.ones(shape, device="meta"))
-        cells[f"{name} returns meta"] = Wrong("function's result", away, ValueError, (name, "meta"))
+        cells[f"{name} returns meta"] = Wrong(
+            "function's result", away, ValueError, (name, "`teacher`", "meta")
+        )
     return cells
 
 
@@ -736,7 +740,14 @@ def total_row() -> Row:
         "a flat level": cell("rank", ValueError, OURS | {"c4": MAP[0]}, THEIRS, level),
         "a level's channels": cell("shape", ValueError, OURS | {"c4": MAP_OF_2}, THEIRS, level),
         "a level's size": cell(
-            "shape", ValueError, OURS | {"c4": MAP[..., 1:]}, THEIRS, level, (2, 3, 4, 4), "resize"
+            "shape",
+            ValueError,
+            OURS | {"c4": MAP[..., 1:]},
+            THEIRS,
+            level,
+            "`teacher_features['c4']`",
+            (2, 3, 4, 4),
+            "resize",
         ),
         "an empty level": cell("zero size", ValueError, OURS | {"c4": MAP[..., :0]}, THEIRS, level),
         "a level elsewhere": cell("device", ValueError, OURS | {"c4": away}, THEIRS, level),
@@ -752,7 +763,13 @@ def one_tensor_module(module: nn.Module) -> Row:
     not_applicable = ONE_TENSOR | FORWARD
     if module is BLOCK:
         cells["away from the module"] = refused(
-            "device", ValueError, partial(module, MAP.to("meta")), "`features`", "cpu", "meta"
+            "device",
+            ValueError,
+            partial(module, MAP.to("meta")),
+            "`features`",
+            f"`{type(module).__name__}`",
+            "cpu",
+            "meta",
         )
         not_applicable -= {"device"}
     else:
