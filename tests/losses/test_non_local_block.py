@@ -8,7 +8,25 @@ import featkd
 from featkd import NonLocalLoss, NonLocalRelation
 from tests.helpers.marks import each_kind, torch_scripts
 from tests.helpers.module_cases import randomize, relation_by_functions
-from tests.helpers.tensors import close, gradients, normal, trained
+from tests.helpers.tensors import close, gradients, normal, tensor, trained
+
+
+@pytest.mark.parametrize(
+    ("residual", "expected"),
+    [
+        # theta, phi and g are x, 2 x and 3 x: r_i = x_i (2 * 3 + 4 * 6) / 2 = 15 x_i.
+        (False, [15, 30]),
+        # W is 4, and x is added: 4 * 15 + 1 = 61, 4 * 30 + 2 = 122.
+        (True, [61, 122]),
+    ],
+)
+def test_golden_block(residual, expected):
+    block = NonLocalRelation(1, kind="dot_product", residual=residual).double()
+    layers = [block.theta, block.phi, block.g, *[block.conv_out] * residual]
+    for factor, layer in enumerate(layers, start=1):
+        nn.init.constant_(layer.weight, factor)
+        nn.init.zeros_(layer.bias)
+    close(block(tensor([[[[1, 2]]]])), tensor([[[expected]]]))
 
 
 @pytest.mark.parametrize("residual", [False, True])

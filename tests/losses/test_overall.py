@@ -19,7 +19,7 @@ from featkd import (
 from tests.helpers.cases import KINDS
 from tests.helpers.module_cases import ALL_TERMS, randomize
 from tests.helpers.strategies import generic_pairs
-from tests.helpers.tensors import close, normal, trained
+from tests.helpers.tensors import close, normal, tensor, trained
 
 KEYS = ["loss_attention_transfer", "loss_attention_masked", "loss_non_local"]
 STUDENT_CHANNELS, TEACHER_CHANNELS = {"c3": 4, "c4": 6}, {"c3": 4, "c4": 3}
@@ -36,6 +36,19 @@ def by_level(**options):
     loss = FeatureDistillationLoss(STUDENT_CHANNELS, TEACHER_CHANNELS, **options).double()
     randomize(loss)
     return loss
+
+
+def test_golden_total():
+    # Adapters start as the identity. S = 0; T is (-3, 4) at c3, (6, 8) at c4, and masks are even.
+    teacher = {"c3": tensor([[[[-3, 4]]]]), "c4": tensor([[[[6, 8]]]])}
+    student = {level: torch.zeros_like(x) for level, x in teacher.items()}
+    settings = Hyperparameters(2, 3, 0, None)
+    loss = FeatureDistillationLoss(dict.fromkeys(teacher, 1), dict.fromkeys(teacher, 1), settings)
+    terms = loss.double()(student, teacher)
+    # G_s has the norms 5 and 10, G_c is 3.5 and 7.
+    close(terms["loss_attention_transfer"], 2 * (5 + 3.5 + 10 + 7))
+    close(terms["loss_attention_masked"], 3 * (5 + 10))
+    close(terms["loss_non_local"], 0.0)
 
 
 def test_without_a_reduction_each_term_has_one_value_an_image():
