@@ -69,6 +69,10 @@ class Wrong:
     mentions: tuple[Any, ...] = ()
 
 
+def refused(kind: str, error: type[Exception], call: Callable[..., Any], *mentions: Any) -> Wrong:
+    return Wrong(kind, call, error, mentions)
+
+
 @dataclass(frozen=True, repr=False)
 class Row:
     """One callable; `others` are further calls, without arguments, by description."""

@@ -32,8 +32,9 @@ from tests.helpers.misuse_kinds import (
     normal,
     not_hidden,
     poisoned,
+    refused,
 )
-from tests.helpers.misuse_losses import BY_LEVEL, TOTAL, refused
+from tests.helpers.misuse_modules import BY_LEVEL, TOTAL
 
 
 class TwoHeads(nn.Module):

@@ -29,8 +29,8 @@ from tests.helpers.misuse_kinds import (
     feature_map,
     function,
     kind_errors,
+    refused,
 )
-from tests.helpers.misuse_losses import refused
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
