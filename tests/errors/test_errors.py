@@ -103,14 +103,10 @@ TEXTS = {
     "`features` must be a tensor of float16, bfloat16, float32 or float64, got torch.int64.": (
         lambda: f.channel_attention(MAP.long())
     ),
-    "`features` must be a dense tensor, got torch.sparse_coo.": (
-        lambda: f.spatial_attention(MAP.to_sparse())
-    ),
     "`features` must be a dense tensor, got a nested tensor.": lambda: f.spatial_attention(NESTED),
     "`features` must have the shape (B, C, H, W) with C, H and W at least 1, got (3, 4, 5).": (
         lambda: f.channel_attention(MAP[0])
     ),
-    "`student` must be on the device of `teacher` meta, got cpu.": lambda: transfer(META),
     "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5).": (
         lambda: f.attention_masked_loss(MAP, OTHER_CHANNELS)
     ),
@@ -123,9 +119,6 @@ TEXTS = {
     "`absolute` must be True or False, got int.": lambda: transfer(absolute=1),
     "`temperature` must be a number, got str.": lambda: masks_of(temperature="1"),
     "`temperature` must be finite and above 0, got 0.": lambda: masks_of(temperature=0),
-    "`scale` must be finite, got inf.": (
-        lambda: f.embedded_gaussian_relation(MAP, MAP, MAP, scale=torch.inf)
-    ),
     "`alpha` must be at least 0, got -1.": lambda: featkd.Hyperparameters(-1, 0, 0, 1),
     "`student_channels` must be an integer, got str.": lambda: NON_LOCAL("3", 3),
     "`teacher_channels` must be below 2**31, got 2147483648.": lambda: OVERALL(3, 2**31),
@@ -178,7 +171,6 @@ TEXTS = {
     "`convert` must name levels of ['c1'], got 'c2'.": lambda: CONVERT({"c2": abs}),
     "`convert['c1']` must be a function or a (student's, teacher's) pair of functions or None, "
     "got None.": lambda: CONVERT({"c1": None}),
-    "`convert['c1']` must be callable or None, got str.": lambda: CONVERT({"c1": (abs, "NHWC")}),
     # modules
     "`student` must have the shape (B, 3, H, W), got (2, 4, 5, 3): if its channels come last, "
     "see `featkd.from_channels_last` and the argument `convert` of taps and distillers.": (
