@@ -11,7 +11,7 @@ from tests.helpers.cases import CASES
 from tests.helpers.module_cases import ALL_TERMS, MODULE_CASES
 from tests.helpers.tensors import close, normal
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 INDUCTOR = ["masked-both", "concatenation-keys", "embedded_gaussian-keys"]
 

@@ -13,7 +13,7 @@ from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, P
 from tests.helpers.models import LEVELS, Net, distillation_loss, images
 from tests.helpers.tensors import close, normal
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 # torch.compile hides this warning of its own making as it is shown: too late where it is an error.
 torch_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

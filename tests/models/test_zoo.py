@@ -34,6 +34,8 @@ from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, H
 from tests.helpers.models import hook_count, snapshot, unchanged, watch
 from tests.helpers.zoo import CROSS_PAIRS, IMAGES, NOT_SUPPORTED, ZOO
 
+pytestmark = pytest.mark.slow
+
 ALL_TERMS = Hyperparameters(alpha=1.0, beta=1.0, gamma=1.0, temperature=0.5, normalize=True)
 
 
@@ -666,11 +668,9 @@ def passed_on_every_rank(errors, name, wrapper):
         assert (name, wrapper) not in rank, rank[name, wrapper]
 
 
-@pytest.mark.slow
 def test_ddp(errors, name):
     passed_on_every_rank(errors, name, "ddp")
 
 
-@pytest.mark.slow
 def test_fsdp2(errors, name):
     passed_on_every_rank(errors, name, "fsdp2")
