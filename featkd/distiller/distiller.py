@@ -52,9 +52,8 @@ class Distiller(nn.Module):
         teacher_forward: the same of the teacher. By default both are called with all arguments; the
             teacher's come on its device and, where floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
-            seam: what lies behind the last tap does not run, hooks and the model's own counters
-            included (not for a sharded teacher), and a tapped module that would run a second time
-            there is not noticed. Compiled code is not left before its end.
+            seam: what lies behind it does not run, hooks and counters included (not for a sharded
+            teacher). A second run of a tapped module there is not noticed. Compiled code ends.
         calls: from level to how often its module runs in one forward of either model, where that is
             not once. The loss's levels are then `level[0]`, `level[1]`, ...
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
@@ -75,10 +74,10 @@ class Distiller(nn.Module):
 
     Example:
         >>> import torch
-        >>> from featkd import ONE_STAGE, FeatureDistillationLoss
+        >>> from featkd import FeatureDistillationLoss
         >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
         >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU())
-        >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=ONE_STAGE)
+        >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16})
         >>> distiller = Distiller(student, teacher, loss, {"c1": "1"})
         >>> output, losses = distiller(torch.randn(2, 3, 16, 16))
         >>> sum(losses.values()).backward()
@@ -207,10 +206,10 @@ class Distiller(nn.Module):
 
         Example:
             >>> import torch
-            >>> from featkd import NORMALIZED, FeatureDistillationLoss
+            >>> from featkd import FeatureDistillationLoss
             >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Tanh())
             >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Tanh())
-            >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=NORMALIZED)
+            >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16})
             >>> distiller = Distiller(student, teacher, loss, {"c1": "0"})
             >>> report = distiller.report(torch.randn(2, 3, 16, 16))
             >>> report.levels[0].student_stride, report.levels[0].adapter_parameters
