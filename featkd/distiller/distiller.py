@@ -186,17 +186,14 @@ class Distiller(nn.Module):
         """Runs one trial step and says what is tapped, how large it is, and what each term does.
 
         A term is judged by its gradient's norm over that of the detector's loss, on the student's
-        parameters that the distillation reaches: about 1 is good. Noted too are a teacher whose
-        features are no trained teacher's, losses that are not finite, and terms without a gradient.
-        Call it as the distiller itself, in training mode and before DDP or FSDP; no gradient,
-        buffer, mode or random number is changed. The detector's loss is known where the student's
-        output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a scalar. Each
-        term takes one backward (which reentrant checkpointing refuses).
+        parameters that the distillation reaches: about 1 is good. The detector's loss is known
+        where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
+        scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
+        gradient, buffer, mode or random number is changed. It takes one backward a term.
 
         Args:
             args, kwargs: a batch, as for the distiller.
-            optimizer: to be checked for the parameters of student and adapters: those that it does
-                not hold are noted.
+            optimizer: parameters of student and adapters that it does not hold are noted.
 
         Returns:
             :class:`featkd.report.Report`; printed, a table.
