@@ -44,16 +44,16 @@ class Distiller(nn.Module):
         shared_input: a submodule's path in both models, or a (student path, teacher path) pair: the
             tensor that enters the student's is given to the teacher's, and nothing else of the
             teacher runs. Detectors that resize inside the model need this (`"backbone"` for
-            torchvision's): called with the same images, the teacher would see other pixels.
+            torchvision's): of the same images the teacher would see other pixels.
         convert_input: a function from that tensor to the one that the teacher is given. `None`:
             images go from the student's normalisation to the teacher's, padding like any pixel,
             where both models state theirs (torchvision's and mmdet's detectors; read once, here).
         student_forward: `student_forward(student, *args, **kwargs)` replaces the student's call.
-        teacher_forward: the same of the teacher. By default both are called with all arguments; the
-            teacher's come on its device and, where floating-point, in its dtype.
+        teacher_forward: the same of the teacher, whose arguments come on its device and, where
+            floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
-            seam: what lies behind it does not run, hooks and counters included (not for a sharded
-            teacher). A second run of a tapped module there is not noticed. Compiled code ends.
+            seam: what lies behind it does not run (not for a sharded or a compiled teacher), and
+            a second run of a tapped module there is not noticed.
         calls: from level to how often its module runs in one forward of either model, where that is
             not once. The loss's levels are then `level[0]`, `level[1]`, ...
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
@@ -65,10 +65,8 @@ class Distiller(nn.Module):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: a path is unknown, levels do not fit the loss, or a loss has a name of the
-            student's own.
-        RuntimeError: in a forward a tapped module did not run once, see
-            :meth:`featkd.FeatureTap.pop`.
+        ValueError: a path is unknown, levels do not fit, or two losses have one name.
+        RuntimeError: in a forward a tapped module did not run once: :meth:`featkd.FeatureTap.pop`.
 
     Reference: Zhang & Ma (ICLR 2021), figure 2d.
 
@@ -137,8 +135,8 @@ class Distiller(nn.Module):
         }
         if isinstance(loss, FeatureDistillationLoss):
             found = list(self._paths)
-            if len(found) != 1 if loss.single else set(found) != set(loss.levels):
-                levels = list(loss.levels)
+            levels = list(loss.levels)
+            if len(found) != 1 if loss.single else set(found) != set(levels):
                 raise ValueError(f"`layers` must have the levels of `loss` {levels}, got {found}.")
         self.student = student
         self.loss = loss
