@@ -46,7 +46,7 @@ def build_distiller() -> Distiller:
     teacher, student = detector(width=64), detector(width=16)
     layers = {f"stage{i}": f"model.backbone.model.encoder.stages.{i}" for i in (1, 2)}
     channels = {"stage1": 32, "stage2": 64}, {"stage1": 128, "stage2": 256}
-    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.NORMALIZED)
+    loss = featkd.FeatureDistillationLoss(*channels)
     # Of the teacher its CNN alone runs: no transformer, no matching of boxes.
     return Distiller(student, teacher, loss, layers, shared_input="model.backbone.model")
 

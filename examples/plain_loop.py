@@ -19,7 +19,7 @@ def build_distiller() -> featkd.Distiller:
     student = build("fcos", "student", len(Scenes.classes), SIZE)
     layers = {"p2": "backbone[0]", "p3": "backbone[1]", "p4": "backbone[2]"}  # the FPN's outputs
     channels = dict.fromkeys(layers, 32), dict.fromkeys(layers, 64)
-    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.FPN_OUTPUTS)
+    loss = featkd.FeatureDistillationLoss(*channels)
     # torchvision's detectors resize inside: the teacher's backbone gets what entered the student's.
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
 

@@ -19,7 +19,7 @@ def build_distiller(device="cpu"):
     student.detections_per_img = 100  # what COCO counts; RetinaNet's own default is 300
     layers = {"p2": "backbone[0]", "p3": "backbone[1]", "p4": "backbone[2]"}  # the FPN's outputs
     channels = dict.fromkeys(layers, 32), dict.fromkeys(layers, 64)
-    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.FPN_OUTPUTS)
+    loss = featkd.FeatureDistillationLoss(*channels)
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone").to(device)
 
 

@@ -51,7 +51,7 @@ class DistillingTrainer(DetectionTrainer):
     def get_model(self, cfg=None, weights=None, verbose=True):
         student, teacher = super().get_model(cfg, weights, verbose), YOLO(self.teacher).model
         channels = levels(student)[1], levels(teacher)[1]
-        loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=featkd.NORMALIZED)
+        loss = featkd.FeatureDistillationLoss(*channels)
         student.distillation = loss  # now, to be in the optimizer, the EMA and the checkpoints
         if self.resume:
             loss.load_state_dict(weights.distillation.state_dict())

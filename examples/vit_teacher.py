@@ -31,9 +31,7 @@ def build_distiller() -> featkd.Distiller:
     student.transform.max_size = 2 * SIZE
     # One level: the FPN's output of stride 16, next to the patches' 14.
     layers = {"p4": ("backbone[2]", "layernorm")}
-    loss = featkd.FeatureDistillationLoss(
-        {"p4": 32}, {"p4": WIDTH}, hyperparameters=featkd.NORMALIZED, resize="bilinear"
-    )
+    loss = featkd.FeatureDistillationLoss({"p4": 32}, {"p4": WIDTH}, resize="bilinear")
     # The class token and the registers stand before the patches' tokens.
     tokens = featkd.PatchTokens(PATCH, prefix=1 + REGISTERS)
     # What enters the student's backbone, resized and padded, goes through the whole teacher ("").

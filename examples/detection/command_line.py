@@ -12,6 +12,7 @@ import featkd
 from examples.detection.detectors import COMPACT, STOCK
 
 PRESETS = {
+    "standardized": featkd.STANDARDIZED,
     "fpn_outputs": featkd.FPN_OUTPUTS,
     "normalized": featkd.NORMALIZED,
     "two_stage": featkd.TWO_STAGE,
@@ -74,7 +75,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--detector", choices=(*COMPACT, *STOCK), default="fcos", help="of teacher and students")
-    add("--preset", choices=PRESETS, default="fpn_outputs", help="the distillation loss's weights")
+    add("--preset", choices=PRESETS, default="standardized", help="the distillation loss's weights")
     add("--taps", choices=("fpn", "stages"), default="fpn", help="the FPN's outputs or its inputs")
     add("--data", choices=("scenes", "coco"), default="scenes", help="drawn, or a folder of yours")
     add("--images", type=Path, help="coco: folder of the training images")

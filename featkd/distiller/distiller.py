@@ -44,17 +44,16 @@ class Distiller(nn.Module):
         shared_input: a submodule's path in both models, or a (student path, teacher path) pair: the
             tensor that enters the student's is given to the teacher's, and nothing else of the
             teacher runs. Detectors that resize inside the model need this (`"backbone"` for
-            torchvision's): called with the same images, the teacher would see other pixels.
+            torchvision's): of the same images the teacher would see other pixels.
         convert_input: a function from that tensor to the one that the teacher is given. `None`:
             images go from the student's normalisation to the teacher's, padding like any pixel,
             where both models state theirs (torchvision's and mmdet's detectors; read once, here).
         student_forward: `student_forward(student, *args, **kwargs)` replaces the student's call.
-        teacher_forward: the same of the teacher. By default both are called with all arguments; the
-            teacher's come on its device and, where floating-point, in its dtype.
+        teacher_forward: the same of the teacher, whose arguments come on its device and, where
+            floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
-            seam: what lies behind the last tap does not run, hooks and the model's own counters
-            included (not for a sharded teacher), and a tapped module that would run a second time
-            there is not noticed. Compiled code is not left before its end.
+            seam: what lies behind it does not run (not for a sharded or a compiled teacher), and
+            a second run of a tapped module there is not noticed.
         calls: from level to how often its module runs in one forward of either model, where that is
             not once. The loss's levels are then `level[0]`, `level[1]`, ...
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
@@ -66,19 +65,17 @@ class Distiller(nn.Module):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: a path is unknown, levels do not fit the loss, or a loss has a name of the
-            student's own.
-        RuntimeError: in a forward a tapped module did not run once, see
-            :meth:`featkd.FeatureTap.pop`.
+        ValueError: a path is unknown, levels do not fit, or two losses have one name.
+        RuntimeError: in a forward a tapped module did not run once: :meth:`featkd.FeatureTap.pop`.
 
     Reference: Zhang & Ma (ICLR 2021), figure 2d.
 
     Example:
         >>> import torch
-        >>> from featkd import ONE_STAGE, FeatureDistillationLoss
+        >>> from featkd import FeatureDistillationLoss
         >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
         >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU())
-        >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=ONE_STAGE)
+        >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16})
         >>> distiller = Distiller(student, teacher, loss, {"c1": "1"})
         >>> output, losses = distiller(torch.randn(2, 3, 16, 16))
         >>> sum(losses.values()).backward()
@@ -138,8 +135,8 @@ class Distiller(nn.Module):
         }
         if isinstance(loss, FeatureDistillationLoss):
             found = list(self._paths)
-            if len(found) != 1 if loss.single else set(found) != set(loss.levels):
-                levels = list(loss.levels)
+            levels = list(loss.levels)
+            if len(found) != 1 if loss.single else set(found) != set(levels):
                 raise ValueError(f"`layers` must have the levels of `loss` {levels}, got {found}.")
         self.student = student
         self.loss = loss
@@ -187,17 +184,14 @@ class Distiller(nn.Module):
         """Runs one trial step and says what is tapped, how large it is, and what each term does.
 
         A term is judged by its gradient's norm over that of the detector's loss, on the student's
-        parameters that the distillation reaches: about 1 is good. Noted too are a teacher whose
-        features are no trained teacher's, losses that are not finite, and terms without a gradient.
-        Call it as the distiller itself, in training mode and before DDP or FSDP; no gradient,
-        buffer, mode or random number is changed. The detector's loss is known where the student's
-        output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a scalar. Each
-        term takes one backward (which reentrant checkpointing refuses).
+        parameters that the distillation reaches: about 1 is good. The detector's loss is known
+        where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
+        scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
+        gradient, buffer, mode or random number is changed. It takes one backward a term.
 
         Args:
             args, kwargs: a batch, as for the distiller.
-            optimizer: to be checked for the parameters of student and adapters: those that it does
-                not hold are noted.
+            optimizer: parameters of student and adapters that it does not hold are noted.
 
         Returns:
             :class:`featkd.report.Report`; printed, a table.
@@ -207,10 +201,10 @@ class Distiller(nn.Module):
 
         Example:
             >>> import torch
-            >>> from featkd import NORMALIZED, FeatureDistillationLoss
+            >>> from featkd import FeatureDistillationLoss
             >>> student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Tanh())
             >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Tanh())
-            >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16}, hyperparameters=NORMALIZED)
+            >>> loss = FeatureDistillationLoss({"c1": 8}, {"c1": 16})
             >>> distiller = Distiller(student, teacher, loss, {"c1": "0"})
             >>> report = distiller.report(torch.randn(2, 3, 16, 16))
             >>> report.levels[0].student_stride, report.levels[0].adapter_parameters

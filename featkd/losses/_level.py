@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class LevelLoss(nn.Module):
             teacher,
             (self.student_channels, self.teacher_channels),
             self.resize,
-            next(self.parameters()),
+            self,
         )
         return self._of_pair(student, teacher)
 
@@ -85,12 +86,12 @@ def admit(
     teacher: Tensor,
     channels: tuple[int, int],
     resize: str | None,
-    weight: Tensor | None,
+    loss: nn.Module | None,
     names: tuple[str, str] = ("student", "teacher"),
 ) -> tuple[Tensor, Tensor]:
     """Both maps, checked: the student's at the teacher's size if asked, the teacher's detached.
 
-    `weight` is one of the loss's parameters, if any, which lie on the features' device.
+    The parameters of `loss`, if any, lie on the features' device.
     """
     for name, features, count in zip(names, (student, teacher), channels, strict=True):
         require_channels(name, features, count)
@@ -105,6 +106,8 @@ def admit(
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)
     require_same_device(names[0], student, names[1], teacher)
     require_same_batch(names[0], student, names[1], teacher)
-    if weight is not None:
+    # torch 2.4 compiles no iteration over parameters, and has an error of its own there.
+    if loss is not None and not torch.compiler.is_compiling():
+        weight = next(loss.parameters(), student)
         require_same_device(names[0], student, "loss", weight)
     return savable(student), savable(teacher.detach())

@@ -198,9 +198,8 @@ class AttentionMaskedLoss(LevelLoss):
             maps = attention_maps(student, of_student), attention_maps(teacher, dims)
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
-            bias = self.adapter.bias  # a plain tensor under `functional_call`
-            if self.standardize and bias is not None:
-                # It has a scale, which no standardised map may depend on.
+            bias = self.adapter.bias
+            if self.standardize and bias is not None:  # it has a scale, and standardised maps none
                 adapted = adapted - bias.detach()[:, None, None]
             ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
         masks = {}

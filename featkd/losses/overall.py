@@ -156,7 +156,6 @@ class FeatureDistillationLoss(nn.Module):
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
         ours = self._levels_of("student_features", student_features)
         theirs = self._levels_of("teacher_features", teacher_features)
-        weight = next(self.parameters(), None)
         pairs = {}
         for level, channels in self.channels.items():
             at_level = "" if self.single else f"[{level!r}]"
@@ -165,7 +164,7 @@ class FeatureDistillationLoss(nn.Module):
                 theirs[level],
                 channels,
                 self.resize,
-                weight,
+                self,
                 (f"student_features{at_level}", f"teacher_features{at_level}"),
             )
         settings = self.hyperparameters

@@ -19,14 +19,16 @@ from ._gradients import (
     assert_gradient_matches_finite_differences,
     assert_gradient_reaches_student_only,
 )
+from ._invariances import (
+    assert_channel_permutation_invariant,
+    assert_layout_independent,
+    assert_spatially_equivariant,
+)
 from ._strategies import LAYOUTS, feature_maps, feature_pairs
 from ._values import (
     assert_batch_consistent,
-    assert_channel_permutation_invariant,
-    assert_layout_independent,
     assert_nan_is_not_hidden,
     assert_non_negative,
-    assert_spatially_equivariant,
     assert_zero_at_equality,
 )
 
