@@ -13,7 +13,7 @@ import featkd
 from featkd.testing import LAYOUTS
 from tests.helpers.misuse import ROWS
 from tests.helpers.misuse_kinds import ERROR, GENERATOR, MAP, tensors_in
-from tests.helpers.misuse_models import IMAGE, TEACHER, TwoHeads
+from tests.helpers.misuse_taps import IMAGE, TEACHER, TwoHeads
 
 DTYPES = [torch.float32] * 4 + [torch.float64, torch.float16, torch.bfloat16]
 ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2]

@@ -9,13 +9,14 @@ from collections import Counter
 import featkd
 from featkd import functional as f
 from featkd import matching, report, testing
+from tests.helpers.misuse_distiller import DISTILLERS
 from tests.helpers.misuse_functions import FUNCTIONS
 from tests.helpers.misuse_kinds import KINDS
-from tests.helpers.misuse_models import TAPS
 from tests.helpers.misuse_modules import CALLS, CONSTRUCTORS
+from tests.helpers.misuse_taps import TAPS
 from tests.helpers.misuse_testing import TESTING
 
-ROWS = [*FUNCTIONS, *CONSTRUCTORS, *CALLS, *TAPS, *TESTING]
+ROWS = [*FUNCTIONS, *CONSTRUCTORS, *CALLS, *TAPS, *DISTILLERS, *TESTING]
 CELLS = [cell for row in ROWS for cell in row.cells()]
 
 
