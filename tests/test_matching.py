@@ -93,6 +93,7 @@ def cases(rows):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases((name,) for name in STAGES))
 def test_the_stages_of_a_model(name):
     model, (example, *_) = make(name)
@@ -110,6 +111,7 @@ CROSS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs"), cases(CROSS))
 def test_the_pairs_of_two_families(ours, theirs):
     (student, (example, *_)), (teacher, _) = make(ours), make(theirs)
@@ -137,6 +139,7 @@ def training_loss(output):
     return sum(tensor.square().mean() for tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs", "shared_input"), cases(TRAINED))
 def test_a_training_step_on_the_pairs(ours, theirs, shared_input):
     (student, inputs), (teacher, _) = make(ours), make(theirs, (8, 16, 16, 32))

@@ -180,6 +180,7 @@ def overall_bits(kind):
     return found + [x.numpy().tobytes() for x in gradients]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.adapters], ids=str)
 def test_functions_repeat_bit_for_bit(case, threads, deterministic_algorithms):
@@ -190,6 +191,7 @@ def test_functions_repeat_bit_for_bit(case, threads, deterministic_algorithms):
     assert all(bits(case.of_one, tensors) == first for _ in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_overall_loss_repeats_bit_for_bit(kind, threads, deterministic_algorithms):

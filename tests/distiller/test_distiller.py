@@ -608,6 +608,7 @@ def test_one_batch_for_two_data_preprocessors_is_an_error():
     build(student, teacher, teacher_forward=call_teacher)
 
 
+@pytest.mark.slow
 @pytest.mark.one_graph
 def test_conversion_calls_and_dtypes_compile_to_one_graph():
     counter = CompileCounterWithBackend("aot_eager")
@@ -1141,6 +1142,7 @@ def test_two_threads_leave_one_teacher_each_at_its_own_last_tap():
     assert len(heads) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.one_graph
 @pytest.mark.parametrize("part", ["teacher", "backbone", "distiller"])
 def test_compiled_code_runs_to_its_end_and_gives_the_same(part, fresh_compiler):

@@ -33,6 +33,7 @@ CHECKPOINTS = {
 DISTILLATION = {"loss_attention_transfer", "loss_attention_masked", "loss_non_local"}
 
 pytestmark = [
+    pytest.mark.slow,
     # Lightning walks its loaders by a class that newer versions of torch call deprecated.
     pytest.mark.filterwarnings(
         r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
