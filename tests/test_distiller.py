@@ -34,6 +34,7 @@ from models import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -749,6 +750,26 @@ def test_arguments_of_any_dtype_are_moved():
     assert [value.device.type for value in moved[:2]] == ["meta", "meta"]
     assert [value.dtype for value in moved[:2]] == [torch.float32, torch.int64]
     assert moved[2] == "text"
+
+
+@pytest.mark.parametrize("shared_input", [None, "0", ""])
+def test_the_teachers_input_comes_on_its_device(shared_input):
+    with FakeTensorMode():  # has a GPU's shapes and devices without one
+        student, teacher = (
+            nn.Sequential(nn.Conv2d(3, 4, 3, device=device)) for device in ("cpu", "cuda")
+        )
+        distiller = Distiller(student, teacher, Seen(), {"c1": "0"}, shared_input=shared_input)
+        seen = Inputs(teacher[0])
+        distiller(torch.ones(2, 3, 8, 8))
+        assert (seen[0].device.type, distiller.loss.teacher["c1"].device.type) == ("cuda", "cpu")
+
+
+def test_a_part_without_weights_takes_the_shared_input_as_it_is():
+    teacher = Bare()
+    layers = {"c1": ("backbone.c1", "")}
+    distiller = Distiller(Net(4).float(), teacher, Seen(), layers, shared_input=("backbone", ""))
+    distiller(FLOAT)
+    assert torch.equal(teacher.seen, FLOAT)
 
 
 def test_a_shared_tensor_of_integers_stays_one():

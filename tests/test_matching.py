@@ -216,6 +216,25 @@ def convolutions(*strides):
     return nn.Sequential(*(nn.Conv2d(3, 3, stride, stride) for stride in strides))
 
 
+def test_maps_of_the_images_own_size_are_no_stages():
+    """Put out by a step, or in the list of a backbone."""
+    plain = nn.Sequential(convolution(3, 8), convolution(8, 8, 2))
+    assert match_layers(plain, plain, PIXELS).layers == {"c1": ("1", "1")}
+    listed = WithDetails()
+    assert match_layers(listed, listed, PIXELS).layers == {"c1": ("halve", "halve")}
+
+
+class WithDetails(nn.Module):
+    """Puts out a map of the image's size beside its last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.halve = convolution(3, 8, 2)
+
+    def forward(self, x):
+        return [x - x.mean(), self.halve(x)]
+
+
 def test_only_strides_of_both_models_are_paired():
     match = match_layers(convolutions(2, 2, 2), convolutions(4, 4), PIXELS)
     assert match.layers == {"c2": ("1", "0")}

@@ -77,6 +77,17 @@ def test_entering_forgets_what_was_left():
     assert features.keys() == LEVELS.keys()
 
 
+def test_entering_forgets_that_gradients_were_recorded():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    with tap:
+        model(images())
+    with tap:
+        with torch.no_grad():
+            model.backbone(images())
+        assert not tap.pop()["c1"].requires_grad
+
+
 def test_what_was_captured_can_be_popped_after_the_block():
     model = Net()
     tap = FeatureTap(model, LEVELS)
@@ -796,6 +807,7 @@ STRUCTURES = {
     "integer keys": (lambda a, b: {3: a, 4: b}, "[4]", "4"),
     "tuple": (lambda a, b: (a, b), "[1]", "tuple of 2"),
     "from the end": (lambda a, b: [a, b], "[-1]", "list of 2"),
+    "the first from the end": (lambda a, b: [b, a], "[-2]", "list of 2"),
     "nested": (lambda a, b: {"maps": (a, [b])}, "[maps][1][0]", "'maps'"),
     "named tuple": (NamedPair, "[second]", "NamedPair of 2"),
     "attribute": (Pair, "[second]", "Pair"),
