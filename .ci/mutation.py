@@ -36,7 +36,7 @@ SECONDS = 20  # of tests for each mutant, the cheapest first
 MEMORY = 4 << 30  # beyond what the session has: sizes go wrong too
 SURVIVED, NO_TESTS, REFUSED = 0, 33, 37  # mutmut's numbers
 
-DECORATED = {"contextmanager", "torch.no_grad()"}  # broken too; mutmut passes over what is decorated
+DECORATED = {"contextmanager", "torch.no_grad()"}  # mutmut passes over all that is decorated
 
 
 def mutate_decorated() -> None:
