@@ -744,6 +744,14 @@ def test_several_devices_are_none_and_offloaded_weights_are_nowhere():
     assert home(nn.Identity()) == (None, None)
 
 
+def test_a_teacher_on_the_meta_device_is_an_error_for_a_student_with_values():
+    teacher = Net(6).to("meta")
+    view = {"teacher_forward": lambda model, batch: model(batch.to("meta"))}
+    mentions = "`layers['c1']`", "must have values in the teacher", "the meta device"
+    raises(ValueError, lambda: build(teacher=teacher, **view)(images()), *mentions)
+    build(Net(4).to("meta"), teacher)(images().to("meta"))
+
+
 def test_arguments_of_any_dtype_are_moved():
     batch = [FLOAT, COUNTS, "text"]
     moved = placed(batch, torch.device("meta"), None)

@@ -440,7 +440,11 @@ STATES = {
     "not finite": (weights_times(math.nan), "are not finite: "),
     "infinite": (weights_times(math.inf), "are not finite: "),
     "constant": (constant, "are the same at every position: "),
-    "huge": (weights_times(1e9), "have an absurd size (root mean square outside 1e-06 to 1000): "),
+    "huge": (
+        weights_times(1e9),
+        "have an absurd size (root mean square outside 1e-06 to 1000): its weights were not "
+        "loaded, or its batch normalisations never saw data.",
+    ),
     "tiny": (tiny, "have an absurd size "),
 }
 
@@ -485,7 +489,10 @@ def test_a_teacher_that_equals_the_student_is_noted():
         (torch.arange(96.0).view(2, 3, 4, 4).half() * 1e-3, ""),
         (torch.arange(96.0).view(2, 3, 4, 4).half() * 600, "absurd"),
         (torch.arange(96.0).view(2, 3, 4, 4) * 1e30, "absurd"),
+        (torch.tensor([1e3, -1e3] * 8).view(2, 2, 2, 2).mT, ""),
+        (torch.tensor([1e-6, -1e-6] * 8, dtype=torch.float64).view(2, 2, 2, 2), ""),
         (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ""),
+        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "same at every"),
         (torch.ones(0, 3, 4, 4), ""),
         (torch.ones(2, 3, 4, 4, device="meta"), ""),
     ],
@@ -498,6 +505,11 @@ def test_what_is_wrong_with_a_teacher(features, fault):
         assert found.teacher == pytest.approx(features.double().square().mean().sqrt().item())
     else:
         assert found.teacher is None
+
+
+def test_a_teacher_that_equals_a_student_of_another_dtype_is_noted():
+    values = torch.arange(96.0).view(2, 3, 4, 4)
+    assert "student's own" in magnitudes({"c": values.half()}, {"c": values})["c"].fault
 
 
 class Term(nn.Module):
