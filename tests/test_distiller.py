@@ -1058,6 +1058,33 @@ def test_torchs_modes_are_as_before_whatever_the_teacher_set(teacher, gradients,
     assert not inside
 
 
+class SetsAutocast(nn.Module):
+    """Has no weights, whose devices would be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Identity()
+
+    def forward(self, batch):
+        torch.set_autocast_enabled("cpu", True)
+        return self.body(batch)
+
+
+def test_torchs_modes_are_as_before_a_model_without_weights():
+    model, before = SetsAutocast(), modes()
+    tap = FeatureTap(model, ["body"])
+    with tap, left_early(tap):
+        model(images())
+    assert modes() == before
+
+
+def test_a_teacher_on_the_meta_device_is_left_early():
+    student, teacher = Net(4).to("meta"), Net(6).to("meta")
+    behind = Inputs(teacher.head)
+    Distiller(student, teacher, Seen(), LEVELS, early_stop=True)(images().to("meta"))
+    assert not behind
+
+
 @pytest.mark.parametrize("path", ["backbone.c2.conv", "backbone.c2.norm"])
 def test_an_in_place_operation_behind_the_last_tap_changes_nothing(path):
     layers = {"c1": "backbone.c1.norm", "c2": path}

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -26,10 +27,12 @@ from models import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
 from featkd.report.detector_loss import detector_loss
 from featkd.report.magnitudes import magnitudes
+from featkd.report.preserve import preserved
 
 MASKED = Hyperparameters(0.0, 1.0, 0.0, 0.5, normalize=True)
 
@@ -316,6 +319,22 @@ def test_a_report_that_fails_leaves_everything_as_it_was_too():
     fails.remove()
     assert unchanged(distiller.student, before)
     assert distiller.teacher.head.training
+
+
+def test_random_numbers_are_kept_for_the_devices_in_use_alone(monkeypatch):
+    kept = []
+
+    def keep(devices):
+        kept.append(devices)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", keep)
+    with FakeTensorMode():
+        on_a_gpu = nn.Linear(1, 1, device="cuda")
+    for models in ([Net()], [Net(), on_a_gpu]):
+        with preserved(*models):
+            pass
+    assert kept == [[], [torch.device("cuda", 0)]]
 
 
 def test_a_report_changes_no_later_step():
