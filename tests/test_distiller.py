@@ -300,6 +300,11 @@ def test_the_teacher_is_no_part_of_the_distiller():
     assert next(teacher.parameters()).dtype == torch.float64
 
 
+def test_a_printed_distiller_says_what_it_is_made_of():
+    said = f"teacher=Net, layers={LEVELS}, shared_input=('backbone', 'backbone')"
+    assert said in repr(make(shared_input="backbone"))
+
+
 def test_the_state_dict_goes_into_another_distiller():
     first, second = make(), make()
     second.load_state_dict(first.state_dict())
@@ -1476,7 +1481,7 @@ MISUSE = {
     "shared_input and teacher_forward": (
         ValueError,
         lambda: build(shared_input="backbone", teacher_forward=print),
-        "'backbone'",
+        "`shared_input` must be None where `teacher_forward` is given, got 'backbone'",
     ),
 }
 
@@ -1489,8 +1494,8 @@ def test_misuse(error, call, mention):
 def test_a_wholly_frozen_student_is_an_error():
     distiller = make()
     distiller.student.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="must carry a gradient, got a frozen part"):
-        distiller(images())
+    said = "must carry a gradient, got a frozen part of the student", "unfreeze it, or leave this"
+    raises(RuntimeError, lambda: distiller(images()), "`layers['c1']`", *said)
 
 
 def test_another_teacher_wants_another_distiller():
