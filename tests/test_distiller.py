@@ -45,6 +45,7 @@ from featkd import (
     Hyperparameters,
     from_tokens,
 )
+from featkd.distiller.normalization import Normalization, Renormalize
 from featkd.distiller.placement import home, placed
 from featkd.taps.early_stop import left_early
 
@@ -593,6 +594,23 @@ def test_what_is_no_image_or_of_unknown_normalisation_is_shared_as_it_is(ours, t
     inputs = Inputs(student.get_submodule(path)), Inputs(teacher.get_submodule(path))
     distiller(images())
     assert torch.equal(*(seen[0] for seen in inputs))
+
+
+def test_numbers_that_differ_in_rounding_alone_convert_nothing():
+    """mmdet's are torchvision's times 255."""
+    student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["torchvision"](6)
+    distiller = Distiller(student, teacher, Seen(), LEVELS, shared_input="backbone")
+    seen = Inputs(teacher.backbone)
+    distiller(images())
+    assert torch.equal(seen[0], images())
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 5), (1, 2, 3, 4, 5), (3,)], ids=str)
+def test_what_has_no_four_dimensions_is_no_image(numbers, shape):
+    ours, theirs = (Normalization((mean,) * numbers, (2.0,) * numbers) for mean in (0.0, 0.5))
+    values = torch.ones(shape)
+    assert Renormalize(ours, theirs)(values) is values
 
 
 @pytest.mark.parametrize("ours", ["torchvision", "ssd"])

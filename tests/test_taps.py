@@ -763,6 +763,15 @@ def test_a_hook_added_inside_the_block_is_heard_from_the_next_pop_on():
         close(tap.pop()["c1"], model.backbone.c1(images()), 0.0)
 
 
+def test_a_hook_added_after_the_tap_is_heard_where_another_of_the_tap_was_taken_off():
+    model = Net().eval()
+    tap = FeatureTap(model, {"c1": "backbone.c1"})
+    model._forward_pre_hooks.clear()
+    model.backbone.c1.register_forward_hook(lambda module, args, output: output + 1)
+    features = captured(tap, lambda: model(images()))
+    close(features["c1"], model.backbone.c1(images()), 0.0)
+
+
 def test_the_order_of_the_hooks_of_taps_stays():
     model = Net()
     first, second = FeatureTap(model, LEVELS), FeatureTap(model, LEVELS)
@@ -1332,7 +1341,8 @@ def test_a_replica_of_data_parallel_is_an_error_that_names_the_alternative():
     tap = FeatureTap(model, LEVELS)
     replica = model._replicate_for_data_parallel()
     with tap:
-        raises(RuntimeError, lambda: replica(images()), "DataParallel", "DistributedDataParallel")
+        said = "`model` must not run as replicas of nn.DataParallel, which share one tap between"
+        raises(RuntimeError, lambda: replica(images()), said, "use DistributedDataParallel")
 
 
 def test_a_replica_of_a_part_is_an_error_too():
