@@ -564,6 +564,14 @@ def test_the_conversion_is_computed_in_float32_for_a_teacher_of_16_bits():
     close(seen[0].float(), teacher.sees(picture), 2**-8)
 
 
+def test_the_conversion_is_computed_in_float32_for_images_of_16_bits():
+    conversion = Renormalize(
+        Normalization((0.48, 0.46, 0.41), (1 / 255,) * 3), Normalization((0.5,), (0.25,))
+    )
+    pictures = (100 * images()).half()
+    assert torch.equal(conversion(pictures), conversion(pictures.float()))
+
+
 @pytest.mark.parametrize("wrap", [nn.Sequential, AveragedModel])
 def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
     student, teacher = NORMALIZED["ssd"](4), NORMALIZED["torchvision"](6)
