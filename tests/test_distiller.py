@@ -588,6 +588,7 @@ def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
 
 AS_IT_IS = {
     "a deeper feature": ("ssd", "torchvision", "backbone.c2"),
+    "a deeper feature, one number for all": ("one number", "yolox", "backbone.c2"),
     "a student that says nothing": (None, "torchvision", "backbone"),
     "a teacher that says nothing": ("ssd", None, "backbone"),
     "more numbers than channels": ("rgbd", "torchvision", "backbone"),
@@ -633,7 +634,11 @@ def test_convert_input_replaces_the_conversion(ours):
 
 def test_one_batch_for_two_data_preprocessors_is_an_error():
     student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["caffe"](6)
-    raises(ValueError, lambda: build(student, teacher), "`shared_input`", "`teacher_forward`")
+    said = (
+        "`shared_input` must be given where the models' `data_preprocessor` normalise otherwise, "
+        "such as 'backbone', or `teacher_forward` that does, got None."
+    )
+    raises(ValueError, lambda: build(student, teacher), said)
     build(student, NORMALIZED["mmdet"](6))
     build(student, teacher, shared_input="backbone")
     build(student, teacher, teacher_forward=call_teacher)
@@ -1447,7 +1452,11 @@ MISUSE = {
     "student": (TypeError, lambda: build(student="net"), "`student`"),
     "teacher": (TypeError, lambda: build(teacher=print), "`teacher`"),
     "loss": (TypeError, lambda: build(loss=print), "`loss`"),
-    "one model": (ValueError, lambda: build(student=TWICE, teacher=TWICE), "the same"),
+    "one model": (
+        ValueError,
+        lambda: build(student=TWICE, teacher=TWICE),
+        "`teacher` must share no weights with `student`, got the same module.",
+    ),
     "DataParallel student": (TypeError, lambda: build(nn.DataParallel(Net(4))), "DataParallel"),
     "DataParallel teacher": (
         TypeError,
@@ -1559,6 +1568,10 @@ def test_a_student_that_fsdp_wraps_alone_is_an_error():
     with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
         build(student, loss=distillation_loss())
     build(student)
+    build(student, loss=distillation_loss().requires_grad_(False))
+    loss = nn.Module()
+    loss._fsdp_wrapped_module = distillation_loss()
+    build(student, loss=loss)
 
 
 def test_a_shared_buffer_is_an_error():

@@ -213,6 +213,12 @@ def test_a_stage_is_the_whole_block_with_its_stride():
     assert match.teacher_channels == {"c1": 6, "c2": 12}
 
 
+def test_a_block_of_one_step_is_the_stage_and_not_the_step():
+    """A stem that shrinks its map by more than 2 is looked into."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), nn.Conv2d(8, 8, 2, 2))
+    assert match_layers(model, model, PIXELS).layers == {"c2": ("0", "0"), "c3": ("1", "1")}
+
+
 def convolutions(*strides):
     return nn.Sequential(*(nn.Conv2d(3, 3, stride, stride) for stride in strides))
 
@@ -865,6 +871,158 @@ def test_efficientvit():
     expected = stages("stages.{}", range(4))
     check(match, expected, expected)
     assert list(match.layers) == ["c1", *expected]
+
+
+# --- which steps are stages -----------------------------------------------------------------------
+
+
+def levels_of(model, image=PIXELS):
+    """The level's path in the model itself."""
+    return {level: ours for level, (ours, _) in match_layers(model, model, image).layers.items()}
+
+
+class Listed(nn.Module):
+    """Puts out lists of maps of strides 2, 4 and 8, of which a module makes the last alone."""
+
+    def __init__(self, *orders):
+        super().__init__()
+        self.deep = nn.Conv2d(3, 8, 8, 8)
+        self.orders = orders
+
+    def forward(self, x):
+        maps = [nn.functional.avg_pool2d(x, stride) for stride in (2, 4)] + [self.deep(x)]
+        return [[maps[index] for index in order] for order in self.orders]
+
+
+ALL_OF_ONE = {"c1": "[{0}][0]", "c2": "[{0}][1]", "c3": "deep"}
+
+
+@pytest.mark.parametrize(
+    ("orders", "which"),
+    [
+        ([(0, 1, 2)], 0),
+        ([(1, 0, 2)], None),  # not in the order of strides
+        ([(2, 1, 0)], None),
+        ([(0, 1)], None),  # not to the deepest
+        ([(1, 0, 2), (0, 1), (0, 1, 2)], 2),
+    ],
+)
+def test_a_list_of_the_backbones_maps_has_the_stages_that_no_module_puts_out(orders, which):
+    expected = {"c3": "deep"} if which is None else ALL_OF_ONE
+    assert levels_of(Listed(*orders)) == {k: v.format(which) for k, v in expected.items()}
+
+
+def test_a_list_of_a_module_that_runs_twice_or_takes_two_maps_has_no_stages():
+    class Twice(nn.Module):
+        def __init__(self, inputs):
+            super().__init__()
+            self.listed, self.inputs = Lists(), inputs
+
+        def forward(self, x):
+            for _ in range(3 - self.inputs):
+                maps = self.listed(*[x] * self.inputs)
+            return maps[-1]
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = nn.ModuleList([nn.Conv2d(3, 8, 4, 4)])
+
+        def forward(self, x, other=None):
+            return [nn.functional.avg_pool2d(x, 2), nn.functional.avg_pool2d(x, 4)]
+
+    for inputs in (1, 2):
+        stem = nn.Sequential(nn.Conv2d(3, 3, 4, 4))
+        model = nn.ModuleDict({"stem": stem, "lists": Twice(inputs)})
+        model.forward = lambda x, model=model: (model["lists"](x), model["stem"](x))
+        assert "[0]" not in str(match_layers(model, model, PIXELS))
+
+
+def test_a_model_that_enlarges_its_image_first_has_its_stages():
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 8, 4, 4))
+    assert levels_of(model) == {"c1": "1"}
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"),
+    [
+        ((4, 4), {"c1": "0", "c2": "1"}),  # as a stride of 2 shrinks it
+        ((6, 6), {"c1": "0"}),
+        ((6, 4), {"c1": "0"}),
+        ((4, 6), {"c1": "0"}),
+    ],
+)
+def test_pooling_of_more_than_two_positions_a_side_into_one_ends_the_backbone(size, levels):
+    model = nn.Sequential(convolution(3, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert levels_of(model, torch.zeros(1, 3, *size)) == levels
+
+
+@pytest.mark.parametrize(("held", "stage"), [(2, "1"), (3, "0")])
+def test_what_holds_most_of_the_backbone_is_all_of_it(held, stage):
+    """Behind it, at its stride, is a head; behind the first half is the second."""
+    first = nn.Sequential(convolution(3, 8, 2), *(nn.Tanh() for _ in range(held - 1)))
+    model = nn.Sequential(first, nn.Sequential(convolution(8, 8), nn.Tanh()))
+    assert levels_of(model) == {"c1": stage}
+
+
+def test_the_head_of_a_shallow_classifier_is_no_backbone():
+    model = nn.Sequential(convolution(3, 8, 2), Classifier())
+    assert levels_of(model) == {"c1": "0"}
+
+
+class ToTokens(nn.Module):
+    def __init__(self, prefix=0):
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, maps):
+        tokens = maps.flatten(2).transpose(1, 2)
+        return torch.cat((tokens[:, : self.prefix], tokens), 1)
+
+
+class ToMaps(nn.Module):
+    def forward(self, tokens):
+        return tokens.transpose(1, 2).unflatten(2, (16, 24))
+
+
+def block_on_tokens(ours=8, theirs=8):
+    return nn.Sequential(nn.Linear(ours, theirs))
+
+
+PROJECTION = nn.Conv2d(3, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_projection"),
+    [
+        ([PROJECTION, ToTokens(), block_on_tokens()], True),
+        ([PROJECTION, ToTokens(prefix=1), block_on_tokens()], True),
+        ([PROJECTION, nn.BatchNorm2d(8), nn.ReLU(), ToTokens(), block_on_tokens()], False),
+        ([PROJECTION, ToTokens(), nn.LayerNorm(8)], False),
+        ([PROJECTION, ToTokens(), block_on_tokens(8, 9)], False),
+        ([PROJECTION, ToTokens(), nn.Linear(8, 9), block_on_tokens(9, 9)], False),
+        ([PROJECTION, nn.AvgPool2d(2), ToTokens(), block_on_tokens()], False),
+    ],
+    ids=["tokens", "a prefix", "a last step", "a norm", "narrow", "wider", "fewer"],
+)
+def test_a_patch_projection_has_blocks_on_its_positions_behind_it(parts, is_projection):
+    model = nn.Sequential(*parts).eval()
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert stage.patch_projection is is_projection
+
+
+@pytest.mark.parametrize(("layers", "is_projection"), [(3, True), (4, False)])
+def test_a_patch_projection_is_a_layer_normalised_and_activated(layers, is_projection):
+    parts = [PROJECTION, nn.BatchNorm2d(8), nn.ReLU(), nn.Identity()][:layers]
+    model = nn.Sequential(nn.Sequential(*parts), ToTokens(), block_on_tokens()).eval()
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert (stage.path, stage.patch_projection) == ("0", is_projection)
+
+
+def test_maps_that_are_made_of_tokens_are_a_stage_and_no_projection():
+    model = nn.Sequential(PROJECTION, ToTokens(), block_on_tokens(), ToMaps(), nn.Identity())
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert (stage.path, stage.patch_projection) == ("4", False)
 
 
 # --- misuse ---------------------------------------------------------------------------------------
