@@ -35,6 +35,7 @@ from models import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -588,6 +589,9 @@ def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
 
 AS_IT_IS = {
     "a deeper feature": ("ssd", "torchvision", "backbone.c2"),
+    "the detector itself": ("ssd", "torchvision", ""),
+    "a mean without a deviation": ("half", "torchvision", "backbone"),
+    "a preprocessor without an order of channels": ("orderless", "torchvision", "backbone"),
     "a deeper feature, one number for all": ("one number", "yolox", "backbone.c2"),
     "a student that says nothing": (None, "torchvision", "backbone"),
     "a teacher that says nothing": ("ssd", None, "backbone"),
@@ -597,7 +601,14 @@ AS_IT_IS = {
 
 @pytest.mark.parametrize(("ours", "theirs", "path"), AS_IT_IS.values(), ids=AS_IT_IS)
 def test_what_is_no_image_or_of_unknown_normalisation_is_shared_as_it_is(ours, theirs, path):
-    kinds = NORMALIZED | {None: Net, "rgbd": lambda width: Normalized(width, [0.5] * 4, [0.5] * 4)}
+    orderless = NORMALIZED["mmdet"](4)
+    del orderless.data_preprocessor._channel_conversion
+    kinds = NORMALIZED | {
+        None: Net,
+        "rgbd": lambda width: Normalized(width, [0.5] * 4, [0.5] * 4),
+        "half": lambda width: Normalized(width, [0.5] * 3, None),
+        "orderless": lambda width: orderless,
+    }
     student, teacher = kinds[ours](4), kinds[theirs](4)
     distiller = Distiller(student, teacher, Seen(), {"c2": "backbone.c2"}, shared_input=path)
     inputs = Inputs(student.get_submodule(path)), Inputs(teacher.get_submodule(path))
@@ -789,8 +800,9 @@ def test_a_teacher_on_the_meta_device_is_an_error_for_a_student_with_values():
 
 
 def test_arguments_of_any_dtype_are_moved():
-    batch = [FLOAT, COUNTS, "text"]
+    batch = [FLOAT, COUNTS, "text", {"pixels": [FLOAT]}]
     moved = placed(batch, torch.device("meta"), None)
+    assert moved[3]["pixels"][0].is_meta
     assert [value.device.type for value in moved[:2]] == ["meta", "meta"]
     assert [value.dtype for value in moved[:2]] == [torch.float32, torch.int64]
     assert moved[2] == "text"
@@ -1565,13 +1577,24 @@ def test_a_teacher_that_the_loss_trains_is_an_error():
 def test_a_student_that_fsdp_wraps_alone_is_an_error():
     student = nn.Module()
     student._fsdp_wrapped_module = Net(4)
-    with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
-        build(student, loss=distillation_loss())
+    said = (
+        "`student` must not be wrapped by itself, as the parameters of `loss` would differ",
+        "got Module: wrap the distiller, `Module(Distiller(...))`.",
+    )
+    raises(ValueError, lambda: build(student, loss=distillation_loss()), *said)
     build(student)
     build(student, loss=distillation_loss().requires_grad_(False))
     loss = nn.Module()
     loss._fsdp_wrapped_module = distillation_loss()
     build(student, loss=loss)
+
+
+def test_a_student_that_ddp_wraps_alone_is_an_error():
+    student = DistributedDataParallel.__new__(DistributedDataParallel)  # without processes
+    nn.Module.__init__(student)
+    student.module = Net(4)
+    said = "wrap the distiller, `DistributedDataParallel(Distiller(...))`."
+    raises(ValueError, lambda: build(student, loss=distillation_loss()), said)
 
 
 def test_a_shared_buffer_is_an_error():

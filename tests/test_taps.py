@@ -444,6 +444,12 @@ def test_an_unknown_path_is_an_error_with_close_matches():
     raises(ValueError, lambda: FeatureTap(AveragedModel(Net()), ["backbone.c"]), "'backbone.c1'")
 
 
+def test_an_unknown_path_that_ends_others_is_an_error_with_the_first_three():
+    model = nn.ModuleDict({name: nn.ModuleDict({"conv": nn.ReLU()}) for name in "abcd"})
+    close_to = "(close: 'a.conv', 'b.conv', 'c.conv')."
+    raises(ValueError, lambda: FeatureTap(model, ["conv"]), "got 'conv'", close_to)
+
+
 def test_an_error_leaves_no_hook_behind():
     model = Net()
     raises(ValueError, lambda: FeatureTap(model, ["backbone.c1", "backbone.c3"]))
@@ -514,9 +520,11 @@ def test_an_attribute_called_like_a_wrapper_hides_no_path(name, path):
     close(captured(FeatureTap(wrapped, [path]), lambda: wrapped(images()))[path], expected, 0.0)
 
 
-def test_tied_modules_are_reached_by_both_names():
+@pytest.mark.parametrize("wrap", [lambda model: model, AveragedModel], ids=["bare", "averaged"])
+def test_tied_modules_are_reached_by_both_names(wrap):
     model = Net()
     model.tied = model.backbone
+    model = wrap(model)
     tap = FeatureTap(model, {"first": "backbone.c1", "second": "tied.c1"})
     first, second = captured(tap, lambda: model(images())).values()
     close(first, second, 0.0)
@@ -1493,10 +1501,10 @@ def test_one_tap_cannot_be_entered_twice():
 def test_a_key_may_stand_in_quotes():
     class Pyramid(nn.Module):
         def forward(self, image):
-            return {"low": image, "0": -image}
+            return {"X": image, "0": -image}
 
     model = nn.Sequential(Pyramid())
-    with FeatureTap(model, {"a": "0['low']", "b": '0["0"]'}) as tap:
+    with FeatureTap(model, {"a": "0['X']", "b": '0["0"]'}) as tap:
         model(torch.ones(1, 3, 4, 4))
         features = tap.pop()
     assert features["a"].sum() == 48
