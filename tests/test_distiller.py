@@ -929,8 +929,76 @@ def test_the_advice_for_one_of_several_inputs_works():
     with pytest.raises(ValueError, match=re.escape("such as 'backbone:input[KEY]'")):
         make_it(shared_input="backbone")(images())
     theirs = Inputs(teacher.backbone)
-    make_it(shared_input="backbone:input[0]")(images())
-    assert torch.equal(theirs[0], images())
+    for advised in ("backbone:input[0]", ("backbone:input[0]", "backbone")):
+        make_it(shared_input=advised)(images())
+        assert torch.equal(theirs.pop(), images())
+
+
+class TakesTwo(nn.Module):
+    """Its own parts take one or two tensors, the nearest of the former not first."""
+
+    def __init__(self, stages, depth=1):
+        super().__init__()
+        if depth:
+            self.a = TakesTwo(nn.Identity(), depth - 1)
+        self.stages = stages
+
+    def forward(self, batch, mask):
+        return self.stages(batch)
+
+
+class OfTwo(Net):
+    def __init__(self, width):
+        super().__init__(width)
+        self.backbone = TakesTwo(self.backbone)
+
+    def forward(self, batch):
+        return self.head(self.backbone(batch, None))
+
+
+class NoneOfOne(nn.Module):
+    def forward(self, batch, mask):
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "advice"),
+    [
+        (OfTwo(4), "backbone", ": try 'backbone.stages'."),
+        (OfTwo(4).backbone, "", ": try 'stages'."),
+        (NoneOfOne(), "", "."),
+    ],
+)
+def test_a_part_that_takes_two_arguments_is_an_error_with_the_nearest_of_one(model, path, advice):
+    said = f"takes one tensor, got {path!r}, which takes batch and mask{advice}"
+    teacher = copy.deepcopy(model)
+    raises(ValueError, lambda: build(model, teacher, layers={"c": path}, shared_input=path), said)
+
+
+class Options(nn.Module):
+    def __init__(self, stages):
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, batch, *rest, **options):
+        return self.stages(batch)
+
+
+def test_arguments_that_can_be_left_out_are_none():
+    student, teacher = Net(4), Net(6)
+    for model in (student, teacher):
+        model.backbone = Options(model.backbone)
+    distiller = build(
+        student, teacher, layers={"c1": "backbone.stages.c1"}, shared_input="backbone"
+    )
+    distiller(images())
+    assert distiller.loss.teacher["c1"].shape == (2, 6, 8, 12)
+
+
+def test_a_conversion_to_no_tensor_is_an_error():
+    distiller = build(shared_input="backbone", convert_input=lambda shared: [shared])
+    said = "`convert_input` must return a tensor, got list."
+    raises(TypeError, lambda: distiller(images()), said)
 
 
 @pytest.mark.model_zoo

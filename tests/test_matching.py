@@ -350,6 +350,23 @@ def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
         assert "shape" in header
 
 
+def nested(module, depth):
+    for _ in range(depth):
+        module = nn.Sequential(module)
+    return module
+
+
+@pytest.mark.parametrize(("stride", "shown"), [(2, 2), (1, 4)], ids=["a stage", "no stage"])
+def test_a_listing_leaves_out_what_lies_deeper_than_a_stages_blocks(stride, shown):
+    model = nested(convolution(3, 3, stride), 5)
+    listing, _ = match_layers(model, model, PIXELS).all.split("\n\n")
+    _, *rows, last = listing.splitlines()
+    assert [row.split()[0] for row in rows] == [
+        ".".join("0" * (i + 1)) for i in reversed(range(shown))
+    ]
+    assert last == f"({5 - shown} deeper layers in `.student`)"
+
+
 def test_the_tables_of_real_detectors_fit_a_screen():
     mobilenet, resnet = detector("mobilenet"), detector("fasterrcnn")
     match = match_layers(mobilenet, resnet, detector_images())
@@ -741,6 +758,30 @@ def test_a_patch_projection_is_marked_in_the_table():
     line = "c4, the teacher's 'project': patch projection: tokens follow, see PatchTokens"
     assert str(match).splitlines()[2] == line
     assert "the student's" not in str(match)
+
+
+class Projects(nn.Module):
+    """Tokens are worked on beside the maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.down = PROJECTION, nn.Conv2d(8, 8, 2, 2)
+        self.block = block_on_tokens()
+
+    def forward(self, x):
+        x = self.project(x)
+        self.block(x.flatten(2).transpose(1, 2))
+        return self.down(x)
+
+
+def test_a_mark_stays_where_a_deeper_level_has_none():
+    match = match_layers(Projects(), Projects(), PIXELS)
+    assert list(match.pairs) == ["c2", "c3"]
+    notes = [line for line in str(match).splitlines() if "patch projection" in line]
+    assert [note.split(":")[0] for note in notes] == [
+        "c2, the student's 'project'",
+        "c2, the teacher's 'project'",
+    ]
 
 
 def test_maps_of_tokens_are_proposed_in_place_of_the_projection():
@@ -1148,6 +1189,8 @@ def test_select_keeps_the_named_levels():
     assert match.select("c2").student == match.student
     with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
         match.select("c9")
+    with pytest.raises(TypeError, match=r"`levels` must be strings, got int\."):
+        match.select(2)
     for levels in ((), ("c2", "c2")):
         with pytest.raises(ValueError, match="at least one, each once"):
             match.select(*levels)

@@ -130,6 +130,7 @@ def test_without_a_known_loss_of_the_detector_there_is_no_ratio():
     assert report.detector is None
     assert all(term.gradient_ratio is None for term in report.terms)
     assert min(term.gradient_norm for term in report.terms) > 0
+    assert str(report).split("\n\n")[1].splitlines()[1].endswith("  -")
     assert str(report).endswith("in training mode alone: `distiller.train()`).")
 
 
@@ -142,7 +143,8 @@ def test_a_detector_that_does_not_train_what_the_distillation_reaches():
     report = make(Apart()).report(images())
     assert report.detector.gradient_norm == 0
     assert report.distillation.gradient_ratio is None
-    assert "has no gradient where the distillation's is" in report.notes[0]
+    said = "The detector's loss has no gradient where the distillation's is: none to compare."
+    assert report.notes[0] == said
 
 
 def test_a_report_is_frozen():
@@ -202,6 +204,27 @@ def test_a_detector_whose_images_are_a_list():
         assert "c3" in str(report)
 
 
+class Unbatched(Net):
+    def forward(self, image):
+        return super().forward(image[None])
+
+
+def test_without_an_image_there_is_no_stride():
+    distiller = Distiller(Unbatched(4), Unbatched(6), distillation_loss(), LEVELS)
+    report = distiller.report(images()[0])
+    assert {(level.student_stride, level.teacher_stride) for level in report.levels} == {
+        (None,) * 2
+    }
+    rows = [re.split(r"\s{2,}", row) for row in str(report).split("\n\n")[0].splitlines()[1:]]
+    assert [row[4] for row in rows] == ["-"] * 4
+
+
+def test_a_report_without_values_is_an_error():
+    models = [model.to("meta") for model in (Net(4), Net(6), distillation_loss())]
+    call = lambda: Distiller(*models, LEVELS).report(images().to("meta"))  # noqa: E731
+    raises(ValueError, call, "`distiller` must hold values to report, got the meta device.")
+
+
 class Adapted(nn.Module):
     """A loss of the user's own, with adapters whose names may tell the level."""
 
@@ -236,6 +259,9 @@ def test_the_adapters_of_a_loss_that_is_not_featkds(adapters, levels, counts, re
     assert [level.adapter_parameters for level in report.levels] == counts
     assert [term.name for term in report.terms] == ["mean", "detector"]
     assert report.detector.value > 0
+    rows = str(report).splitlines()[1 : 2 * len(levels) : 2]
+    printed = ["-" if count is None else str(count) for count in counts]
+    assert [row.split()[-1] for row in rows] == printed
     told = [note for note in report.notes if "names tell no level" in note]
     assert [note.startswith(f"The loss trains {rest}") for note in told] == [True] * bool(rest)
 
@@ -380,6 +406,8 @@ def test_parameters_that_no_optimizer_holds_are_noted(kind):
         )
         (note,) = [n for n in distiller.report(images(), optimizer=optimizer).notes if "optim" in n]
         assert re.match(rf"[\d,]+ parameters in \d+ tensors \(such as '{part}\.", note)
+        said = "of the optimizer, and are not trained: give it `distiller.parameters()`."
+        assert note.endswith(said)
     optimizer = make_optimizer(distiller.parameters(), 0.1)
     assert len(distiller.report(images(), optimizer=optimizer).notes) == 1
 
@@ -557,6 +585,7 @@ def test_a_loss_that_trains_nothing_is_noted(function, text):
     distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
     report = distiller.report(images())
     assert report.notes[-1].startswith(text[0].upper() + text[1:])
+    assert "Multiply" not in str(report)
     assert str(report).endswith("".join(f"\n\n{said}" for said in report.notes))
 
 
@@ -581,7 +610,7 @@ def test_the_first_training_step_logs_the_levels_once(caplog):
     for _ in range(3):
         distiller(images())
     (text,) = messages(caplog, logging.INFO)
-    assert str(distiller.report(images())).split("\n\n")[0] in text
+    assert text == "Distilling\n" + str(distiller.report(images())).split("\n\n")[0]
     assert len(caplog.records) == 1
 
 

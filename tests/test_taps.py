@@ -170,7 +170,13 @@ def test_a_module_that_did_not_run_is_an_error():
     tap = FeatureTap(model, {"head": "head"})
     with tap:
         model.backbone(images())
-        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model itself")
+        said = (
+            "`pop` must follow 1 call(s) of 'head' (alias 'head'), got 0: run the model itself, no "
+            "traced or exported copy, inside the `with` block once before each pop, calling "
+            "modules and not their `.forward`; a model compiled and called before the tap was made "
+            "never calls its hooks: make the tap first, or call `torch.compiler.reset()`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def test_a_module_that_ran_too_often_is_an_error():
@@ -178,7 +184,11 @@ def test_a_module_that_ran_too_often_is_an_error():
     with FeatureTap(model, LEVELS) as tap:
         model(images())
         model(images())
-        raises(RuntimeError, tap.pop, "'backbone.c1'", "got 2", "pop after every forward", "calls=")
+        said = (
+            "'backbone.c1' (alias 'c1'), got 2: pop after every forward inside the `with` block; "
+            "for a module that runs several times in one forward pass `calls={'c1': 2}`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def test_a_shared_head_gives_one_feature_for_each_call():
@@ -444,6 +454,11 @@ def test_an_unknown_path_is_an_error_with_close_matches():
     raises(ValueError, lambda: FeatureTap(AveragedModel(Net()), ["backbone.c"]), "'backbone.c1'")
 
 
+def test_an_unknown_path_that_is_like_none_is_an_error_without_a_hint():
+    said = "must be the path of a module of the Net, got 'zzz'."
+    raises(ValueError, lambda: FeatureTap(Net(), ["zzz"]), said)
+
+
 def test_an_unknown_path_that_ends_others_is_an_error_with_the_first_three():
     model = nn.ModuleDict({name: nn.ModuleDict({"conv": nn.ReLU()}) for name in "abcd"})
     close_to = "(close: 'a.conv', 'b.conv', 'c.conv')."
@@ -582,6 +597,10 @@ REPLACED = {
     "another model around it": (assign_another_backbone, "backbone.c1", "torch's Sequential"),
     "none": (delete, "backbone.c1.relu", "nothing in place of torch's ReLU"),
 }
+REASONS = (
+    "it was replaced or wrapped, as by LoRA, a conversion or a quantisation. Make the tap (or the "
+    "distiller) after that."
+)
 each_replaced = pytest.mark.parametrize(
     ("replace", "path", "mention"),
     [
@@ -600,7 +619,7 @@ def test_a_module_that_was_replaced_is_an_error_that_says_so(replace, path, ment
         tap.pop()
         replace(model)
         model.eval()(images())
-        raises(RuntimeError, tap.pop, "layers['c']", mention, repr(path), "after that")
+        raises(RuntimeError, tap.pop, "layers['c']", mention, repr(path), REASONS)
 
 
 @each_replaced
@@ -741,7 +760,7 @@ def test_hooks_that_somebody_took_off_are_named():
     with FeatureTap(model, LEVELS) as tap:
         model.backbone.c1._forward_hooks.clear()
         model(images())
-        raises(RuntimeError, tap.pop, "got 0", "taken off the model, make a new tap")
+        raises(RuntimeError, tap.pop, "got 0: its hooks were taken off the model, make a new tap.")
 
 
 # --- hooks of others that replace what a module hands on ------------------------------------------
@@ -955,8 +974,10 @@ def test_without_a_clone_the_feature_is_the_models_own():
     model = Net(inplace=False)
     seen = []
     model.backbone.c1.register_forward_hook(lambda module, args, output: seen.append(output))
-    features = captured(FeatureTap(model, LEVELS, clone=False), lambda: model(images()))
+    batch, layers = images(), LEVELS | {"x": "backbone:input"}
+    features = captured(FeatureTap(model, layers, clone=False), lambda: model(batch))
     assert features["c1"] is seen[0]
+    assert features["x"] is batch
 
 
 # --- gradients that are not there -----------------------------------------------------------------
@@ -1060,7 +1081,13 @@ def test_a_part_of_the_model_without_gradient_is_an_error():
     model.backbone.requires_grad_(False)
     with FeatureTap(model, LEVELS) as tap:
         model(images())
-        raises(RuntimeError, tap.pop, "'backbone.c1'", "frozen")
+        said = (
+            "`layers['c1']` must carry a gradient, got none from 'backbone.c1': parameters are "
+            "frozen (leave this level out, here and in the loss), or it runs under `no_grad` or "
+            "inside reentrant checkpointing (take `use_reentrant=False`); call a teacher under "
+            "`torch.no_grad()`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def frozen(model):
@@ -1468,7 +1495,11 @@ MISUSE = {
         lambda: FeatureTap(Net(), LEVELS, calls={"c3": 2}),
         "'c3'",
     ),
-    "calls that are no mapping": (TypeError, lambda: FeatureTap(Net(), LEVELS, calls=5), "int"),
+    "calls that are no mapping": (
+        TypeError,
+        lambda: FeatureTap(Net(), LEVELS, calls=5),
+        "alias to count, got int.",
+    ),
     "convert of an unknown alias": (
         ValueError,
         lambda: FeatureTap(Net(), LEVELS, convert={"c3": doubled}),
@@ -1477,12 +1508,12 @@ MISUSE = {
     "convert to no function": (
         TypeError,
         lambda: FeatureTap(Net(), LEVELS, convert={"c1": "NHWC"}),
-        "`convert['c1']`",
+        "`convert['c1']` must be callable, got str.",
     ),
     "convert of another type": (
         TypeError,
         lambda: FeatureTap(Net(), LEVELS, convert=doubled),
-        "`convert`",
+        "`convert` must be a mapping from alias to function, got function.",
     ),
 }
 
@@ -1495,7 +1526,8 @@ def test_misuse(error, call, mention):
 def test_one_tap_cannot_be_entered_twice():
     tap = FeatureTap(Net(), LEVELS)
     with tap:
-        raises(RuntimeError, tap.__enter__, "twice")
+        said = "`with` must not be entered twice by one tap, got a tap in use."
+        raises(RuntimeError, tap.__enter__, said)
 
 
 def test_a_key_may_stand_in_quotes():

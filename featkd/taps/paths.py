@@ -100,7 +100,7 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         own_names = _own_names(model)
         # What wraps a model, such as PEFT, puts its own names in front.
         behind = [own for own in own_names if own.endswith(f".{wanted}")][:3]
-        close = behind or difflib.get_close_matches(wanted, own_names, n=3)
+        close = behind or difflib.get_close_matches(wanted, own_names)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
         raise ValueError(
             f"`{name}` must be the path of a module of the {type(model).__name__}, "
