@@ -975,8 +975,38 @@ def test_a_list_of_a_module_that_runs_twice_or_takes_two_maps_has_no_stages():
     for inputs in (1, 2):
         stem = nn.Sequential(nn.Conv2d(3, 3, 4, 4))
         model = nn.ModuleDict({"stem": stem, "lists": Twice(inputs)})
-        model.forward = lambda x, model=model: (model["lists"](x), model["stem"](x))
+        model.forward = lambda x, model=model: (model["stem"](x), model["lists"](x))
         assert "[0]" not in str(match_layers(model, model, PIXELS))
+
+
+class GoesOn(CallsItsStages):
+    def __init__(self):
+        super().__init__()
+        self.after = convolution(3, 3, 2)
+
+    def forward(self, x):
+        return self.after(super().forward(x))
+
+
+def test_what_comes_behind_a_neck_is_no_stage():
+    assert levels_of(GoesOn()) == {"c1": "c1", "c2": "c2"}
+
+
+class Squeezed(nn.Module):
+    """Its channels are weighted by their means, as in squeeze-and-excitation."""
+
+    def __init__(self, ours, theirs):
+        super().__init__()
+        self.conv, self.pool = convolution(ours, theirs, 2), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.pool(x)
+
+
+def test_pooling_inside_a_block_ends_no_backbone():
+    model = nn.Sequential(Squeezed(3, 8), Squeezed(8, 8))
+    assert levels_of(model) == {"c1": "0", "c2": "1"}
 
 
 def test_a_model_that_enlarges_its_image_first_has_its_stages():
