@@ -828,6 +828,24 @@ def test_a_part_without_weights_takes_the_shared_input_as_it_is():
     assert torch.equal(teacher.seen, FLOAT)
 
 
+class Offloaded(nn.Module):
+    """Its weights are elsewhere, and would be fetched by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, batch):
+        return batch
+
+
+def test_an_offloaded_part_takes_the_shared_input_where_it_is():
+    layers = {"c1": ("backbone.c1", "")}
+    distiller = build(Net(4).float(), Offloaded(), layers=layers, shared_input=("backbone", ""))
+    distiller(FLOAT)
+    assert torch.equal(distiller.loss.teacher["c1"], FLOAT)
+
+
 def test_a_shared_tensor_of_integers_stays_one():
     class Embeds(Net):
         def __init__(self, width):
@@ -1646,7 +1664,8 @@ def test_a_student_that_fsdp_wraps_alone_is_an_error():
     student = nn.Module()
     student._fsdp_wrapped_module = Net(4)
     said = (
-        "`student` must not be wrapped by itself, as the parameters of `loss` would differ",
+        "`student` must not be wrapped by itself, as the parameters of `loss` would differ from "
+        "process to process",
         "got Module: wrap the distiller, `Module(Distiller(...))`.",
     )
     raises(ValueError, lambda: build(student, loss=distillation_loss()), *said)

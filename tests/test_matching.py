@@ -645,6 +645,38 @@ def test_the_last_pyramid_before_the_head_is_proposed():
     assert match_layers(model, model, PIXELS).layers == {"p2": ("2[0]",) * 2, "p3": ("2[1]",) * 2}
 
 
+class Auxiliary(Detector):
+    """With a first pyramid, and a head on it that is there for training alone."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.project, self.auxiliary = Projections(8), Head(8, 2)
+
+    def forward(self, x):
+        maps = self.project(self.backbone(x))
+        self.auxiliary(maps)
+        return self.head(self.neck(maps))
+
+
+def test_a_pyramid_right_behind_the_head_of_another_is_the_last():
+    model = Auxiliary(8)
+    assert match_layers(model, model, PIXELS).layers == {
+        "p2": ("neck[0]",) * 2,
+        "p3": ("neck[1]",) * 2,
+    }
+
+
+def test_levels_that_do_not_halve_are_no_pyramid():
+    model = Detector(8, extra=(4,))
+    assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+def test_levels_of_strides_that_are_no_powers_of_2_are_no_pyramid():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, 3), Detector(8))
+    match = match_layers(model, model, torch.zeros(1, 3, 96, 96))
+    assert list(match.layers) == ["stride3", "stride6", "stride12", "stride24"]
+
+
 class Unbundled(nn.Module):
     """As Ultralytics' detectors are: each step a module, and a head that takes several maps."""
 
@@ -680,6 +712,21 @@ def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_
     assert match.layers == {"p2": ("fine",) * 2, "p3": ("coarse",) * 2}
     assert match.student_channels == {"p2": 6, "p3": 12}
     equals_plain_hooks(Unbundled(), match, PIXELS)
+
+
+class RightBehind(Unbundled):
+    def forward(self, x):
+        c2, c3 = self.stages(x)
+        return self.head([self.narrow(c2), self.wide(c3)])
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 12, 1)
+
+
+def test_what_enters_a_head_may_come_right_behind_the_backbone():
+    match = match_layers(RightBehind(), RightBehind(), PIXELS)
+    assert match.layers == {"p2": ("narrow",) * 2, "p3": ("wide",) * 2}
 
 
 FPN_OUTPUTS = {
@@ -761,12 +808,12 @@ def test_a_patch_projection_is_marked_in_the_table():
 
 
 class Projects(nn.Module):
-    """Tokens are worked on beside the maps."""
+    """Tokens are worked on beside the maps, with a strided convolution in a branch."""
 
     def __init__(self):
         super().__init__()
         self.project, self.down = PROJECTION, nn.Conv2d(8, 8, 2, 2)
-        self.block = block_on_tokens()
+        self.block = ReducedAttention(8, (16, 24))
 
     def forward(self, x):
         x = self.project(x)
@@ -1007,6 +1054,13 @@ class Squeezed(nn.Module):
 def test_pooling_inside_a_block_ends_no_backbone():
     model = nn.Sequential(Squeezed(3, 8), Squeezed(8, 8))
     assert levels_of(model) == {"c1": "0", "c2": "1"}
+
+
+def test_the_backbone_ends_where_the_stride_falls():
+    model = nn.Sequential(
+        convolution(3, 8, 2), nn.Upsample(scale_factor=2), convolution(8, 8, 2), nn.Flatten()
+    )
+    assert levels_of(model) == {"c1": "0"}
 
 
 def test_a_model_that_enlarges_its_image_first_has_its_stages():

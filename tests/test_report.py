@@ -530,6 +530,7 @@ def test_a_teacher_that_equals_the_student_is_noted():
         (torch.ones(2, 3, 1, 1), "same at every"),
         (torch.ones(1, 3, 1, 1), ""),
         (torch.full((2, 3, 4, 4), 1e-6), "same at every"),
+        (torch.full((2, 3, 4, 4), 1e-3).half(), "same at every"),
         (torch.arange(96.0).view(2, 3, 4, 4), ""),
         (torch.arange(96.0).flip(0).view(2, 3, 4, 4), ""),
         (torch.arange(96.0).view(2, 3, 4, 4) - 5e4, "absurd"),
