@@ -1376,7 +1376,10 @@ def test_a_replica_of_data_parallel_is_an_error_that_names_the_alternative():
     tap = FeatureTap(model, LEVELS)
     replica = model._replicate_for_data_parallel()
     with tap:
-        said = "`model` must not run as replicas of nn.DataParallel, which share one tap between threads"
+        said = (
+            "`model` must not run as replicas of nn.DataParallel, which share one tap between "
+            "threads"
+        )
         raises(RuntimeError, lambda: replica(images()), said, "use DistributedDataParallel")
 
 
