@@ -21,9 +21,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TextIO
 
+import libcst as cst
 import pytest
 from mutmut import __main__ as mutmut
 from mutmut.configuration import config
+from mutmut.mutation import file_mutation
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.mutation.trampoline import set_mutant_under_test
@@ -33,6 +35,31 @@ from mutmut.utils.file_utils import change_cwd
 SECONDS = 20  # of tests for each mutant, the cheapest first
 MEMORY = 4 << 30  # beyond what the session has: sizes go wrong too
 SURVIVED, NO_TESTS, REFUSED = 0, 33, 37  # mutmut's numbers
+
+DECORATED = {"contextmanager", "torch.no_grad()"}  # mutmut passes over all that is decorated
+
+
+def mutate_decorated() -> None:
+    """Lets mutmut break the functions of these decorators, with its switch around all of them."""
+    skips = file_mutation.MutationVisitor._skip_node_and_children
+    arrange = file_mutation.function_trampoline_arrangement
+
+    def decorators(function: cst.FunctionDef) -> set[str]:
+        return {cst.Module([]).code_for_node(each.decorator) for each in function.decorators}
+
+    def skips_but_these(self: object, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.FunctionDef) and decorators(node) & DECORATED:
+            return False
+        return skips(self, node)
+
+    def arrange_outermost(function: cst.FunctionDef, *args: object, **names: object) -> tuple:
+        declared, (switch, *functions), *rest = arrange(function, *args, **names)
+        if decorators(function) & DECORATED:
+            switch = switch.with_changes(decorators=switch.decorators[::-1])
+        return declared, [switch, *functions], *rest
+
+    file_mutation.MutationVisitor._skip_node_and_children = skips_but_these
+    file_mutation.function_trampoline_arrangement = arrange_outermost
 
 
 def generate() -> list[SourceFileMutationData]:
@@ -69,6 +96,8 @@ class Mutants:
         print(excrepr, file=sys.stderr)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed:
+            raise RuntimeError("a file of tests could not be collected")
         self.items = {item.nodeid: item for item in session.items}
         gc.collect()
         gc.freeze()  # a fork copies what it touches
@@ -132,7 +161,11 @@ class Mutants:
 
 
 def table(files: list[SourceFileMutationData]) -> str:
-    rows = [(file.path.name, Counter(file.exit_code_by_key.values())) for file in files]
+    rows = [
+        ("/".join(file.path.parts[1:]), Counter(file.exit_code_by_key.values()))
+        for file in files
+        if file.exit_code_by_key
+    ]
     rows.append(("all", sum((codes for _, codes in rows), Counter())))
     lines = ["| file | mutants | valid | killed | left | score |", "|---|--:|--:|--:|--:|--:|"]
     for name, codes in rows:
@@ -145,6 +178,7 @@ def table(files: list[SourceFileMutationData]) -> str:
 
 
 def main() -> None:
+    mutate_decorated()
     files = generate()
     with change_cwd("mutants"), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         options = config().pytest_add_cli_args + config().pytest_add_cli_args_test_selection

@@ -15,6 +15,7 @@ from featkd import (
     from_channels_last,
     match_layers,
 )
+from featkd.taps.trace import Call, FeatureMap, first_image, read_maps, stride_of, trace
 from tests.helpers.models import (
     DETECTORS,
     NORMALIZED,
@@ -215,8 +216,33 @@ def test_a_stage_is_the_whole_block_with_its_stride():
     assert match.teacher_channels == {"c1": 6, "c2": 12}
 
 
+def test_a_block_of_one_step_is_the_stage_and_not_the_step():
+    """A stem that shrinks its map by more than 2 is looked into."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), nn.Conv2d(8, 8, 2, 2))
+    assert match_layers(model, model, PIXELS).layers == {"c2": ("0", "0"), "c3": ("1", "1")}
+
+
 def convolutions(*strides):
     return nn.Sequential(*(nn.Conv2d(3, 3, stride, stride) for stride in strides))
+
+
+def test_maps_of_the_images_own_size_are_no_stages():
+    """Put out by a step, or in the list of a backbone."""
+    plain = nn.Sequential(convolution(3, 8), convolution(8, 8, 2))
+    assert match_layers(plain, plain, PIXELS).layers == {"c1": ("1", "1")}
+    listed = WithDetails()
+    assert match_layers(listed, listed, PIXELS).layers == {"c1": ("halve", "halve")}
+
+
+class WithDetails(nn.Module):
+    """Puts out a map of the image's size beside its last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.halve = convolution(3, 8, 2)
+
+    def forward(self, x):
+        return [x - x.mean(), self.halve(x)]
 
 
 def test_only_strides_of_both_models_are_paired():
@@ -344,6 +370,23 @@ def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
         assert "shape" in header
 
 
+def nested(module, depth):
+    for _ in range(depth):
+        module = nn.Sequential(module)
+    return module
+
+
+@pytest.mark.parametrize(("stride", "shown"), [(2, 2), (1, 4)], ids=["a stage", "no stage"])
+def test_a_listing_leaves_out_what_lies_deeper_than_a_stages_blocks(stride, shown):
+    model = nested(convolution(3, 3, stride), 5)
+    listing, _ = match_layers(model, model, PIXELS).all.split("\n\n")
+    _, *rows, last = listing.splitlines()
+    assert [row.split()[0] for row in rows] == [
+        ".".join("0" * (i + 1)) for i in reversed(range(shown))
+    ]
+    assert last == f"({5 - shown} deeper layers in `.student`)"
+
+
 def test_the_tables_of_real_detectors_fit_a_screen():
     mobilenet, resnet = detector("mobilenet"), detector("fasterrcnn")
     match = match_layers(mobilenet, resnet, detector_images())
@@ -361,6 +404,101 @@ def test_the_tables_of_real_detectors_fit_a_screen():
         "c4",
         "c5",
     ]
+
+
+# --- strides, maps of the image, and the calls of one forward -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixels", "stride"),
+    [
+        ((1, 8, 13, 5), (1, 3, 100, 40), 8.0),  # a strided convolution rounds up
+        ((1, 8, 12, 5), (1, 3, 100, 40), 8.0),
+        ((1, 8, 11, 5), (1, 3, 96, 40), 8.73),
+        ((1, 8, 34, 5), (1, 3, 100, 40), 2.94),
+        ((1, 8, 16, 5), (1, 3, 224, 40), 14.0),
+        ((1, 8, 1, 5), (1, 3, 1, 40), 1.0),
+        ((1, 8, 128, 5), (1, 3, 64, 40), 0.5),
+    ],
+)
+def test_the_stride_is_told_by_the_heights(shape, pixels, stride):
+    assert stride_of(shape, pixels) == stride
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_map"),
+    [
+        ((2, 500, 16, 24), True),
+        ((2, 500, 14, 22), True),  # two unpadded convolutions
+        ((2, 500, 17, 25), True),
+        ((2, 500, 14, 25), False),  # more than one stride can leave
+        ((2, 500, 16, 12), False),
+        ((2, 500, 8, 24), False),
+        ((2, 500, 1, 1), True),
+        ((1, 500, 16, 24), False),
+        ((3, 500, 16, 24), False),
+    ],
+)
+def test_a_map_of_the_image_shrinks_alike_both_ways(shape, is_map):
+    call = Call("", 0, put_out=[FeatureMap(shape, (), 1)], taken_in=[FeatureMap(shape, (), 1)])
+    read_maps([call], (2, 3, 64, 96))
+    assert [found.shape for found in call.put_out] == [shape] * is_map
+    assert [found.shape for found in call.taken_in] == [shape] * is_map
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Mixture()
+
+    def forward(self, x, *, y):
+        return self.part([x, y])
+
+
+class Mixture(nn.Module):
+    """Puts out maps and what is none: tokens, a mask, an empty map, a video."""
+
+    def forward(self, pair):
+        first, second = pair
+        return {
+            "same": first,
+            4: (first + 1, [second]),
+            "tokens": first.flatten(2),
+            "mask": first > 0,
+            "empty": first[:0],
+            "video": first[None],
+        }
+
+
+def test_the_calls_of_a_forward():
+    ended = []
+    x, y = torch.ones(2, 1, 4, 6), torch.ones(2, 5, 4, 6)
+    root = trace(Outer(), (x,), {"y": y}, ended)
+    part, outer = ended
+    assert list(root.within()) == [root, outer, part]
+    assert [call.path for call in ended] == ["part", ""]
+    assert [(call.began, call.ended) for call in ended] == [(1, 2), (0, 2)]
+    assert root.ended == 2
+    assert root.leaves == outer.leaves == part.leaves == 1
+    image, other = outer.taken_in
+    assert (image.shape, other.shape) == (tuple(x.shape), tuple(y.shape))
+    assert (image.keys, other.keys) == (("0", "0"), ("1", "y"))
+    assert [found.keys for found in part.taken_in] == [("0", "0", "0"), ("0", "0", "1")]
+    assert [found.selector for found in part.put_out] == ["[same]", "[4][0]", "[4][1][0]"]
+    assert image.serial != other.serial
+    same, new, second = (found.serial for found in part.put_out)
+    assert [found.serial for found in part.taken_in] == [image.serial, other.serial]
+    assert (same, second) == (image.serial, other.serial)
+    assert new not in (same, second)
+    assert (part.tokens_in, part.tokens_out) == (set(), {(2, 1, 24)})
+
+
+def test_the_first_map_is_the_image():
+    call = Call("", 0, inner=[Call("a", 1), Call("b", 2)])
+    assert first_image(call) == (0, 0, 0, 0)
+    for inner, shape in zip(call.inner, [(1, 3, 4, 6), (1, 8, 2, 3)], strict=True):
+        inner.taken_in = [FeatureMap(shape, (), 1)]
+    assert first_image(call) == (1, 3, 4, 6)
 
 
 # --- feature pyramids -----------------------------------------------------------------------------
@@ -540,6 +678,38 @@ def test_the_last_pyramid_before_the_head_is_proposed():
     assert match_layers(model, model, PIXELS).layers == {"p2": ("2[0]",) * 2, "p3": ("2[1]",) * 2}
 
 
+class Auxiliary(Detector):
+    """With a first pyramid, and a head on it that is there for training alone."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.project, self.auxiliary = Projections(8), Head(8, 2)
+
+    def forward(self, x):
+        maps = self.project(self.backbone(x))
+        self.auxiliary(maps)
+        return self.head(self.neck(maps))
+
+
+def test_a_pyramid_right_behind_the_head_of_another_is_the_last():
+    model = Auxiliary(8)
+    assert match_layers(model, model, PIXELS).layers == {
+        "p2": ("neck[0]",) * 2,
+        "p3": ("neck[1]",) * 2,
+    }
+
+
+def test_levels_that_do_not_halve_are_no_pyramid():
+    model = Detector(8, extra=(4,))
+    assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+def test_levels_of_strides_that_are_no_powers_of_2_are_no_pyramid():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, 3), Detector(8))
+    match = match_layers(model, model, torch.zeros(1, 3, 96, 96))
+    assert list(match.layers) == ["stride3", "stride6", "stride12", "stride24"]
+
+
 class Unbundled(nn.Module):
     """As Ultralytics' detectors are: each step a module, and a head that takes several maps."""
 
@@ -580,6 +750,21 @@ def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_
 def test_what_fuses_several_maps_to_one_is_no_head():
     models = [Unbundled(Pyramid(12)) for _ in range(2)]
     assert list(match_layers(*models, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+class RightBehind(Unbundled):
+    def forward(self, x):
+        c2, c3 = self.stages(x)
+        return self.head([self.narrow(c2), self.wide(c3)])
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 12, 1)
+
+
+def test_what_enters_a_head_may_come_right_behind_the_backbone():
+    match = match_layers(RightBehind(), RightBehind(), PIXELS)
+    assert match.layers == {"p2": ("narrow",) * 2, "p3": ("wide",) * 2}
 
 
 FPN_OUTPUTS = {
@@ -674,6 +859,30 @@ def test_a_patch_projection_is_marked_in_the_table():
     line = "c4, the teacher's 'project': patch projection: tokens follow, see PatchTokens"
     assert str(match).splitlines()[2] == line
     assert "the student's" not in str(match)
+
+
+class Projects(nn.Module):
+    """Tokens are worked on beside the maps, with a strided convolution in a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.down = PROJECTION, nn.Conv2d(8, 8, 2, 2)
+        self.block = ReducedAttention(8, (16, 24))
+
+    def forward(self, x):
+        x = self.project(x)
+        self.block(x.flatten(2).transpose(1, 2))
+        return self.down(x)
+
+
+def test_a_mark_stays_where_a_deeper_level_has_none():
+    match = match_layers(Projects(), Projects(), PIXELS)
+    assert list(match.pairs) == ["c2", "c3"]
+    notes = [line for line in str(match).splitlines() if "patch projection" in line]
+    assert [note.split(":")[0] for note in notes] == [
+        "c2, the student's 'project'",
+        "c2, the teacher's 'project'",
+    ]
 
 
 def test_maps_of_tokens_are_proposed_in_place_of_the_projection():
@@ -820,6 +1029,195 @@ def test_efficientvit():
     assert list(match.layers) == ["c1", *expected]
 
 
+# --- which steps are stages -----------------------------------------------------------------------
+
+
+def levels_of(model, image=PIXELS):
+    """The level's path in the model itself."""
+    return {level: ours for level, (ours, _) in match_layers(model, model, image).layers.items()}
+
+
+class Listed(nn.Module):
+    """Puts out lists of maps of strides 2, 4 and 8, of which a module makes the last alone."""
+
+    def __init__(self, *orders):
+        super().__init__()
+        self.deep = nn.Conv2d(3, 8, 8, 8)
+        self.orders = orders
+
+    def forward(self, x):
+        maps = [nn.functional.avg_pool2d(x, stride) for stride in (2, 4)] + [self.deep(x)]
+        return [[maps[index] for index in order] for order in self.orders]
+
+
+ALL_OF_ONE = {"c1": "[{0}][0]", "c2": "[{0}][1]", "c3": "deep"}
+
+
+@pytest.mark.parametrize(
+    ("orders", "which"),
+    [
+        ([(0, 1, 2)], 0),
+        ([(1, 0, 2)], None),  # not in the order of strides
+        ([(2, 1, 0)], None),
+        ([(0, 1)], None),  # not to the deepest
+        ([(1, 0, 2), (0, 1), (0, 1, 2)], 2),
+    ],
+)
+def test_a_list_of_the_backbones_maps_has_the_stages_that_no_module_puts_out(orders, which):
+    expected = {"c3": "deep"} if which is None else ALL_OF_ONE
+    assert levels_of(Listed(*orders)) == {k: v.format(which) for k, v in expected.items()}
+
+
+def test_a_list_of_a_module_that_runs_twice_or_takes_two_maps_has_no_stages():
+    class Twice(nn.Module):
+        def __init__(self, inputs):
+            super().__init__()
+            self.listed, self.inputs = Lists(), inputs
+
+        def forward(self, x):
+            for _ in range(3 - self.inputs):
+                maps = self.listed(*[x] * self.inputs)
+            return maps[-1]
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = nn.ModuleList([nn.Conv2d(3, 8, 4, 4)])
+
+        def forward(self, x, other=None):
+            return [nn.functional.avg_pool2d(x, 2), nn.functional.avg_pool2d(x, 4)]
+
+    for inputs in (1, 2):
+        stem = nn.Sequential(nn.Conv2d(3, 3, 4, 4))
+        model = nn.ModuleDict({"stem": stem, "lists": Twice(inputs)})
+        model.forward = lambda x, model=model: (model["stem"](x), model["lists"](x))
+        assert "[0]" not in str(match_layers(model, model, PIXELS))
+
+
+class GoesOn(CallsItsStages):
+    def __init__(self):
+        super().__init__()
+        self.after = convolution(3, 3, 2)
+
+    def forward(self, x):
+        return self.after(super().forward(x))
+
+
+def test_what_comes_behind_a_neck_is_no_stage():
+    assert levels_of(GoesOn()) == {"c1": "c1", "c2": "c2"}
+
+
+class Squeezed(nn.Module):
+    """Its channels are weighted by their means, as in squeeze-and-excitation."""
+
+    def __init__(self, ours, theirs):
+        super().__init__()
+        self.conv, self.pool = convolution(ours, theirs, 2), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.pool(x)
+
+
+def test_pooling_inside_a_block_ends_no_backbone():
+    model = nn.Sequential(Squeezed(3, 8), Squeezed(8, 8))
+    assert levels_of(model) == {"c1": "0", "c2": "1"}
+
+
+def test_the_backbone_ends_where_the_stride_falls():
+    model = nn.Sequential(
+        convolution(3, 8, 2), nn.Upsample(scale_factor=2), convolution(8, 8, 2), nn.Flatten()
+    )
+    assert levels_of(model) == {"c1": "0"}
+
+
+def test_a_model_that_enlarges_its_image_first_has_its_stages():
+    model = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 8, 4, 4))
+    assert levels_of(model) == {"c1": "1"}
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"),
+    [
+        ((4, 4), {"c1": "0", "c2": "1"}),  # as a stride of 2 shrinks it
+        ((6, 6), {"c1": "0"}),
+        ((6, 4), {"c1": "0"}),
+        ((4, 6), {"c1": "0"}),
+    ],
+)
+def test_pooling_of_more_than_two_positions_a_side_into_one_ends_the_backbone(size, levels):
+    model = nn.Sequential(convolution(3, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert levels_of(model, torch.zeros(1, 3, *size)) == levels
+
+
+@pytest.mark.parametrize(("held", "stage"), [(2, "1"), (3, "0")])
+def test_what_holds_most_of_the_backbone_is_all_of_it(held, stage):
+    """Behind it, at its stride, is a head; behind the first half is the second."""
+    first = nn.Sequential(convolution(3, 8, 2), *(nn.Tanh() for _ in range(held - 1)))
+    model = nn.Sequential(first, nn.Sequential(convolution(8, 8), nn.Tanh()))
+    assert levels_of(model) == {"c1": stage}
+
+
+def test_the_head_of_a_shallow_classifier_is_no_backbone():
+    model = nn.Sequential(convolution(3, 8, 2), Classifier())
+    assert levels_of(model) == {"c1": "0"}
+
+
+class ToTokens(nn.Module):
+    def __init__(self, prefix=0):
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, maps):
+        tokens = maps.flatten(2).transpose(1, 2)
+        return torch.cat((tokens[:, : self.prefix], tokens), 1)
+
+
+class ToMaps(nn.Module):
+    def forward(self, tokens):
+        return tokens.transpose(1, 2).unflatten(2, (16, 24))
+
+
+def block_on_tokens(ours=8, theirs=8):
+    return nn.Sequential(nn.Linear(ours, theirs))
+
+
+PROJECTION = nn.Conv2d(3, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_projection"),
+    [
+        ([PROJECTION, ToTokens(), block_on_tokens()], True),
+        ([PROJECTION, ToTokens(prefix=1), block_on_tokens()], True),
+        ([PROJECTION, nn.BatchNorm2d(8), nn.ReLU(), ToTokens(), block_on_tokens()], False),
+        ([PROJECTION, ToTokens(), nn.LayerNorm(8)], False),
+        ([PROJECTION, ToTokens(), block_on_tokens(8, 9)], False),
+        ([PROJECTION, ToTokens(), nn.Linear(8, 9), block_on_tokens(9, 9)], False),
+        ([PROJECTION, nn.AvgPool2d(2), ToTokens(), block_on_tokens()], False),
+    ],
+    ids=["tokens", "a prefix", "a last step", "a norm", "narrow", "wider", "fewer"],
+)
+def test_a_patch_projection_has_blocks_on_its_positions_behind_it(parts, is_projection):
+    model = nn.Sequential(*parts).eval()
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert stage.patch_projection is is_projection
+
+
+@pytest.mark.parametrize(("layers", "is_projection"), [(3, True), (4, False)])
+def test_a_patch_projection_is_a_layer_normalised_and_activated(layers, is_projection):
+    parts = [PROJECTION, nn.BatchNorm2d(8), nn.ReLU(), nn.Identity()][:layers]
+    model = nn.Sequential(nn.Sequential(*parts), ToTokens(), block_on_tokens()).eval()
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert (stage.path, stage.patch_projection) == ("0", is_projection)
+
+
+def test_maps_that_are_made_of_tokens_are_a_stage_and_no_projection():
+    model = nn.Sequential(PROJECTION, ToTokens(), block_on_tokens(), ToMaps(), nn.Identity())
+    stage = match_layers(model, model, PIXELS).pairs["c2"][0]
+    assert (stage.path, stage.patch_projection) == ("4", False)
+
+
 # --- misuse ---------------------------------------------------------------------------------------
 
 
@@ -943,6 +1341,8 @@ def test_select_keeps_the_named_levels():
     assert match.select("c2").student == match.student
     with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
         match.select("c9")
+    with pytest.raises(TypeError, match=r"`levels` must be strings, got int\."):
+        match.select(2)
     for levels in ((), ("c2", "c2")):
         with pytest.raises(ValueError, match="at least one, each once"):
             match.select(*levels)

@@ -62,7 +62,7 @@ def _require_one_input(path: str, part: nn.Module) -> None:
         return
     inner = (name for name, module in part.named_modules() if name and len(_required(module)) == 1)
     nearest = min(inner, key=lambda name: name.count("."), default=None)
-    advice = "" if nearest is None else f": try {f'{path}.{nearest}'.lstrip('.')!r}"
+    advice = "" if nearest is None else f": try {f'{path}.{nearest}'.removeprefix('.')!r}"
     raise ValueError(
         f"`shared_input` must name a module that takes one tensor, got {path!r}, which takes "
         f"{' and '.join(required)}{advice}."

@@ -52,7 +52,7 @@ def _rms(features: Tensor) -> float | None:
         return None
     dtype = torch.promote_types(features.dtype, torch.float32)
     # Divided first, as the square of what is absurd is infinite.
-    scale = features.abs().max().to(dtype)
+    scale = features.abs().max()
     if not scale.isfinite() or not scale:
         return float(scale)
     norm = torch.linalg.vector_norm(features.to(dtype) / scale)
@@ -84,6 +84,5 @@ def _is_constant(features: Tensor, rms: float) -> bool:
     """Each channel has one value, to rounding, in all images and positions."""
     if features.dim() < 2 or features.numel() == features.shape[1]:
         return False
-    values = features.to(torch.promote_types(features.dtype, torch.float32))
-    values = values.transpose(0, 1).flatten(1)
+    values = features.transpose(0, 1).flatten(1)
     return bool(((values - values[:, :1]).abs() <= 1e-6 * rms).all())

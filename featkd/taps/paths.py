@@ -80,7 +80,7 @@ def _own_names(model: nn.Module) -> dict[str, list[nn.Module]]:
         elif last in _WRAPPERS and len(modules[parent]._modules) == 1:
             own = own_names[parent]
         else:
-            own = f"{own_names[parent]}.{last}".lstrip(".")
+            own = f"{own_names[parent]}.{last}".removeprefix(".")
         own_names[name] = own
         found.setdefault(own, []).append(module)
     return found
@@ -100,7 +100,7 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         own_names = _own_names(model)
         # What wraps a model, such as PEFT, puts its own names in front.
         behind = [own for own in own_names if own.endswith(f".{wanted}")][:3]
-        close = behind or difflib.get_close_matches(wanted, own_names, n=3)
+        close = behind or difflib.get_close_matches(wanted, own_names)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
         raise ValueError(
             f"`{name}` must be the path of a module of the {type(model).__name__}, "
@@ -165,7 +165,8 @@ def require_called(model: nn.Module, path: str, name: str, module: nn.Module) ->
     if None in graphs:
         return
     graph = graphs[0] or ""
-    parts = [f"{graph}.{call}".lstrip(".") for call in _references(modules[graph], "call_module")]
+    called = _references(modules[graph], "call_module")
+    parts = [f"{graph}.{call}".removeprefix(".") for call in called]
     parts = [part for part in parts if part.startswith(f"{found[0]}.")]
     hint = f", or a part that it calls, such as {parts[-1]!r}" if parts else ""
     raise ValueError(

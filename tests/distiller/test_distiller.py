@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,7 @@ from featkd import (
     Hyperparameters,
     from_tokens,
 )
+from featkd.distiller.normalization import Normalization, Renormalize
 from featkd.distiller.placement import home, placed
 from featkd.taps.early_stop import stopped_after_last_capture
 from tests.helpers.models import (
@@ -299,6 +302,11 @@ def test_the_teacher_is_no_part_of_the_distiller():
     assert next(teacher.parameters()).dtype == torch.float64
 
 
+def test_a_printed_distiller_says_what_it_is_made_of():
+    said = f"teacher=Net, layers={LEVELS}, shared_input=('backbone', 'backbone')"
+    assert said in repr(make(shared_input="backbone"))
+
+
 def test_the_state_dict_goes_into_another_distiller():
     first, second = make(), make()
     second.load_state_dict(first.state_dict())
@@ -558,6 +566,14 @@ def test_the_conversion_is_computed_in_float32_for_a_teacher_of_16_bits():
     close(seen[0].float(), teacher.sees(picture), 2**-8)
 
 
+def test_the_conversion_is_computed_in_float32_for_images_of_16_bits():
+    conversion = Renormalize(
+        Normalization((0.48, 0.46, 0.41), (1 / 255,) * 3), Normalization((0.5,), (0.25,))
+    )
+    pictures = (100 * images()).half()
+    assert torch.equal(conversion(pictures), conversion(pictures.float()))
+
+
 @pytest.mark.parametrize("wrap", [nn.Sequential, AveragedModel])
 def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
     student, teacher = NORMALIZED["ssd"](4), NORMALIZED["torchvision"](6)
@@ -574,6 +590,10 @@ def test_the_normalisation_is_found_in_a_wrapped_detector(wrap):
 
 AS_IT_IS = {
     "a deeper feature": ("ssd", "torchvision", "backbone.c2"),
+    "the detector itself": ("ssd", "torchvision", ""),
+    "a mean without a deviation": ("half", "torchvision", "backbone"),
+    "a preprocessor without an order of channels": ("orderless", "torchvision", "backbone"),
+    "a deeper feature, one number for all": ("one number", "yolox", "backbone.c2"),
     "a student that says nothing": (None, "torchvision", "backbone"),
     "a teacher that says nothing": ("ssd", None, "backbone"),
     "more numbers than channels": ("rgbd", "torchvision", "backbone"),
@@ -582,12 +602,36 @@ AS_IT_IS = {
 
 @pytest.mark.parametrize(("ours", "theirs", "path"), AS_IT_IS.values(), ids=AS_IT_IS)
 def test_what_is_no_image_or_of_unknown_normalisation_is_shared_as_it_is(ours, theirs, path):
-    kinds = NORMALIZED | {None: Net, "rgbd": lambda width: Normalized(width, [0.5] * 4, [0.5] * 4)}
+    orderless = NORMALIZED["mmdet"](4)
+    del orderless.data_preprocessor._channel_conversion
+    kinds = NORMALIZED | {
+        None: Net,
+        "rgbd": lambda width: Normalized(width, [0.5] * 4, [0.5] * 4),
+        "half": lambda width: Normalized(width, [0.5] * 3, None),
+        "orderless": lambda width: orderless,
+    }
     student, teacher = kinds[ours](4), kinds[theirs](4)
     distiller = Distiller(student, teacher, Seen(), {"c2": "backbone.c2"}, shared_input=path)
     inputs = Inputs(student.get_submodule(path)), Inputs(teacher.get_submodule(path))
     distiller(images())
     assert torch.equal(*(seen[0] for seen in inputs))
+
+
+def test_numbers_that_differ_in_rounding_alone_convert_nothing():
+    """mmdet's are torchvision's times 255."""
+    student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["torchvision"](6)
+    distiller = Distiller(student, teacher, Seen(), LEVELS, shared_input="backbone")
+    seen = Inputs(teacher.backbone)
+    distiller(images())
+    assert torch.equal(seen[0], images())
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 5), (1, 2, 3, 4, 5), (3,)], ids=str)
+def test_what_has_no_four_dimensions_is_no_image(numbers, shape):
+    ours, theirs = (Normalization((mean,) * numbers, (2.0,) * numbers) for mean in (0.0, 0.5))
+    values = torch.ones(shape)
+    assert Renormalize(ours, theirs)(values) is values
 
 
 @pytest.mark.parametrize("ours", ["torchvision", "ssd"])
@@ -602,7 +646,11 @@ def test_convert_input_replaces_the_conversion(ours):
 
 def test_one_batch_for_two_data_preprocessors_is_an_error():
     student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["caffe"](6)
-    raises(ValueError, lambda: build(student, teacher), "`shared_input`", "`teacher_forward`")
+    said = (
+        "`shared_input` must be given where the models' `data_preprocessor` normalise otherwise, "
+        "such as 'backbone', or `teacher_forward` that does, got None."
+    )
+    raises(ValueError, lambda: build(student, teacher), said)
     build(student, NORMALIZED["mmdet"](6))
     build(student, teacher, shared_input="backbone")
     build(student, teacher, teacher_forward=call_teacher)
@@ -745,12 +793,59 @@ def test_several_devices_are_none_and_offloaded_weights_are_nowhere():
     assert home(nn.Identity()) == (None, None)
 
 
+def test_a_teacher_on_the_meta_device_is_an_error_for_a_student_with_values():
+    teacher = Net(6).to("meta")
+    view = {"teacher_forward": lambda model, batch: model(batch.to("meta"))}
+    mentions = "`layers['c1']`", "must have values in the teacher", "the meta device"
+    raises(ValueError, lambda: build(teacher=teacher, **view)(images()), *mentions)
+    build(Net(4).to("meta"), teacher)(images().to("meta"))
+
+
 def test_arguments_of_any_dtype_are_moved():
-    batch = [FLOAT, COUNTS, "text"]
+    batch = [FLOAT, COUNTS, "text", {"pixels": [FLOAT]}]
     moved = placed(batch, torch.device("meta"), None)
+    assert moved[3]["pixels"][0].is_meta
     assert [value.device.type for value in moved[:2]] == ["meta", "meta"]
     assert [value.dtype for value in moved[:2]] == [torch.float32, torch.int64]
     assert moved[2] == "text"
+
+
+@pytest.mark.parametrize("shared_input", [None, "0", ""])
+def test_the_teachers_input_comes_on_its_device(shared_input):
+    with FakeTensorMode():  # has a GPU's shapes and devices without one
+        student, teacher = (
+            nn.Sequential(nn.Conv2d(3, 4, 3, device=device)) for device in ("cpu", "cuda")
+        )
+        distiller = Distiller(student, teacher, Seen(), {"c1": "0"}, shared_input=shared_input)
+        seen = Inputs(teacher[0])
+        distiller(torch.ones(2, 3, 8, 8))
+        assert (seen[0].device.type, distiller.loss.teacher["c1"].device.type) == ("cuda", "cpu")
+
+
+def test_a_part_without_weights_takes_the_shared_input_as_it_is():
+    teacher = Bare()
+    layers = {"c1": ("backbone.c1", "")}
+    distiller = Distiller(Net(4).float(), teacher, Seen(), layers, shared_input=("backbone", ""))
+    distiller(FLOAT)
+    assert torch.equal(teacher.seen, FLOAT)
+
+
+class Offloaded(nn.Module):
+    """Its weights are elsewhere, and would be fetched by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, batch):
+        return batch
+
+
+def test_an_offloaded_part_takes_the_shared_input_where_it_is():
+    layers = {"c1": ("backbone.c1", "")}
+    distiller = build(Net(4).float(), Offloaded(), layers=layers, shared_input=("backbone", ""))
+    distiller(FLOAT)
+    assert torch.equal(distiller.loss.teacher["c1"], FLOAT)
 
 
 def test_a_shared_tensor_of_integers_stays_one():
@@ -854,8 +949,76 @@ def test_the_advice_for_one_of_several_inputs_works():
     with pytest.raises(ValueError, match=re.escape("such as 'backbone:input[KEY]'")):
         make_it(shared_input="backbone")(images())
     theirs = Inputs(teacher.backbone)
-    make_it(shared_input="backbone:input[0]")(images())
-    assert torch.equal(theirs[0], images())
+    for advised in ("backbone:input[0]", ("backbone:input[0]", "backbone")):
+        make_it(shared_input=advised)(images())
+        assert torch.equal(theirs.pop(), images())
+
+
+class TakesTwo(nn.Module):
+    """Its own parts take one or two tensors, the nearest of the former not first."""
+
+    def __init__(self, stages, depth=1):
+        super().__init__()
+        if depth:
+            self.a = TakesTwo(nn.Identity(), depth - 1)
+        self.stages = stages
+
+    def forward(self, batch, mask):
+        return self.stages(batch)
+
+
+class OfTwo(Net):
+    def __init__(self, width):
+        super().__init__(width)
+        self.backbone = TakesTwo(self.backbone)
+
+    def forward(self, batch):
+        return self.head(self.backbone(batch, None))
+
+
+class NoneOfOne(nn.Module):
+    def forward(self, batch, mask):
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "advice"),
+    [
+        (OfTwo(4), "backbone", ": try 'backbone.stages'."),
+        (OfTwo(4).backbone, "", ": try 'stages'."),
+        (NoneOfOne(), "", "."),
+    ],
+)
+def test_a_part_that_takes_two_arguments_is_an_error_with_the_nearest_of_one(model, path, advice):
+    said = f"takes one tensor, got {path!r}, which takes batch and mask{advice}"
+    teacher = copy.deepcopy(model)
+    raises(ValueError, lambda: build(model, teacher, layers={"c": path}, shared_input=path), said)
+
+
+class Options(nn.Module):
+    def __init__(self, stages):
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, batch, *rest, **options):
+        return self.stages(batch)
+
+
+def test_arguments_that_can_be_left_out_are_none():
+    student, teacher = Net(4), Net(6)
+    for model in (student, teacher):
+        model.backbone = Options(model.backbone)
+    distiller = build(
+        student, teacher, layers={"c1": "backbone.stages.c1"}, shared_input="backbone"
+    )
+    distiller(images())
+    assert distiller.loss.teacher["c1"].shape == (2, 6, 8, 12)
+
+
+def test_a_conversion_to_no_tensor_is_an_error():
+    distiller = build(shared_input="backbone", convert_input=lambda shared: [shared])
+    said = "`convert_input` must return a tensor, got list."
+    raises(TypeError, lambda: distiller(images()), said)
 
 
 @pytest.mark.model_zoo
@@ -1029,6 +1192,33 @@ def test_torchs_modes_are_as_before_whatever_the_teacher_set(teacher, gradients,
         distiller(images())
         assert modes() == before
     assert not inside
+
+
+class SetsAutocast(nn.Module):
+    """Has no weights, whose devices would be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Identity()
+
+    def forward(self, batch):
+        torch.set_autocast_enabled("cpu", True)
+        return self.body(batch)
+
+
+def test_torchs_modes_are_as_before_a_model_without_weights():
+    model, before = SetsAutocast(), modes()
+    tap = FeatureTap(model, ["body"])
+    with tap, stopped_after_last_capture(tap):
+        model(images())
+    assert modes() == before
+
+
+def test_a_teacher_on_the_meta_device_is_left_early():
+    student, teacher = Net(4).to("meta"), Net(6).to("meta")
+    behind = Inputs(teacher.head)
+    Distiller(student, teacher, Seen(), LEVELS, early_stop=True)(images().to("meta"))
+    assert not behind
 
 
 @pytest.mark.parametrize("path", ["backbone.c2.conv", "backbone.c2.norm"])
@@ -1363,7 +1553,11 @@ MISUSE = {
     "student": (TypeError, lambda: build(student="net"), "`student`"),
     "teacher": (TypeError, lambda: build(teacher=print), "`teacher`"),
     "loss": (TypeError, lambda: build(loss=print), "`loss`"),
-    "one model": (ValueError, lambda: build(student=TWICE, teacher=TWICE), "the same"),
+    "one model": (
+        ValueError,
+        lambda: build(student=TWICE, teacher=TWICE),
+        "`teacher` must share no weights with `student`, got the same module.",
+    ),
     "DataParallel student": (TypeError, lambda: build(nn.DataParallel(Net(4))), "DataParallel"),
     "DataParallel teacher": (
         TypeError,
@@ -1423,7 +1617,7 @@ MISUSE = {
     "shared_input and teacher_forward": (
         ValueError,
         lambda: build(shared_input="backbone", teacher_forward=print),
-        "'backbone'",
+        "`shared_input` must be None where `teacher_forward` is given, got 'backbone'",
     ),
 }
 
@@ -1436,8 +1630,8 @@ def test_misuse(error, call, mention):
 def test_a_wholly_frozen_student_is_an_error():
     distiller = make()
     distiller.student.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="must carry a gradient, got a frozen part"):
-        distiller(images())
+    said = "must carry a gradient, got a frozen part of the student", "unfreeze it, or leave this"
+    raises(RuntimeError, lambda: distiller(images()), "`layers['c1']`", *said)
 
 
 def test_another_teacher_wants_another_distiller():
@@ -1472,9 +1666,25 @@ def test_a_teacher_that_the_loss_trains_is_an_error():
 def test_a_student_that_fsdp_wraps_alone_is_an_error():
     student = nn.Module()
     student._fsdp_wrapped_module = Net(4)
-    with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
-        build(student, loss=distillation_loss())
+    said = (
+        "`student` must not be wrapped by itself, as the parameters of `loss` would differ from "
+        "process to process",
+        "got Module: wrap the distiller, `Module(Distiller(...))`.",
+    )
+    raises(ValueError, lambda: build(student, loss=distillation_loss()), *said)
     build(student)
+    build(student, loss=distillation_loss().requires_grad_(False))
+    loss = nn.Module()
+    loss._fsdp_wrapped_module = distillation_loss()
+    build(student, loss=loss)
+
+
+def test_a_student_that_ddp_wraps_alone_is_an_error():
+    student = DistributedDataParallel.__new__(DistributedDataParallel)  # without processes
+    nn.Module.__init__(student)
+    student.module = Net(4)
+    said = "wrap the distiller, `DistributedDataParallel(Distiller(...))`."
+    raises(ValueError, lambda: build(student, loss=distillation_loss()), said)
 
 
 def test_a_shared_buffer_is_an_error():

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
 from featkd.report.detector_loss import detector_loss
 from featkd.report.magnitudes import magnitudes
+from featkd.report.preserve import preserved
 from tests.helpers.models import (
     LEVELS,
     NORMALIZED,
@@ -133,6 +136,7 @@ def test_without_a_known_loss_of_the_detector_there_is_no_ratio():
     assert report.detector is None
     assert all(term.gradient_ratio is None for term in report.terms)
     assert min(term.gradient_norm for term in report.terms) > 0
+    assert str(report).split("\n\n")[1].splitlines()[1].endswith("  -")
     assert str(report).endswith("in training mode alone: `distiller.train()`).")
 
 
@@ -145,7 +149,8 @@ def test_a_detector_that_does_not_train_what_the_distillation_reaches():
     report = make(Apart()).report(images())
     assert report.detector.gradient_norm == 0
     assert report.distillation.gradient_ratio is None
-    assert "has no gradient where the distillation's is" in report.notes[0]
+    said = "The detector's loss has no gradient where the distillation's is: none to compare."
+    assert report.notes[0] == said
 
 
 def test_a_report_is_frozen():
@@ -205,6 +210,27 @@ def test_a_detector_whose_images_are_a_list():
         assert "c3" in str(report)
 
 
+class Unbatched(Net):
+    def forward(self, image):
+        return super().forward(image[None])
+
+
+def test_without_an_image_there_is_no_stride():
+    distiller = Distiller(Unbatched(4), Unbatched(6), distillation_loss(), LEVELS)
+    report = distiller.report(images()[0])
+    assert {(level.student_stride, level.teacher_stride) for level in report.levels} == {
+        (None,) * 2
+    }
+    rows = [re.split(r"\s{2,}", row) for row in str(report).split("\n\n")[0].splitlines()[1:]]
+    assert [row[4] for row in rows] == ["-"] * 4
+
+
+def test_a_report_without_values_is_an_error():
+    models = [model.to("meta") for model in (Net(4), Net(6), distillation_loss())]
+    call = lambda: Distiller(*models, LEVELS).report(images().to("meta"))  # noqa: E731
+    raises(ValueError, call, "`distiller` must hold values to report, got the meta device.")
+
+
 class Adapted(nn.Module):
     """A loss of the user's own, with adapters whose names may tell the level."""
 
@@ -239,6 +265,9 @@ def test_the_adapters_of_a_loss_that_is_not_featkds(adapters, levels, counts, re
     assert [level.adapter_parameters for level in report.levels] == counts
     assert [term.name for term in report.terms] == ["mean", "detector"]
     assert report.detector.value > 0
+    rows = str(report).splitlines()[1 : 2 * len(levels) : 2]
+    printed = ["-" if count is None else str(count) for count in counts]
+    assert [row.split()[-1] for row in rows] == printed
     told = [note for note in report.notes if "names tell no level" in note]
     assert [note.startswith(f"The loss trains {rest}") for note in told] == [True] * bool(rest)
 
@@ -324,6 +353,22 @@ def test_a_report_that_fails_leaves_everything_as_it_was_too():
     assert distiller.teacher.head.training
 
 
+def test_random_numbers_are_kept_for_the_devices_in_use_alone(monkeypatch):
+    kept = []
+
+    def keep(devices):
+        kept.append(devices)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", keep)
+    with FakeTensorMode():
+        on_a_gpu = nn.Linear(1, 1, device="cuda")
+    for models in ([Net()], [Net(), on_a_gpu]):
+        with preserved(*models):
+            pass
+    assert kept == [[], [torch.device("cuda", 0)]]
+
+
 def test_a_report_changes_no_later_step():
     reported, plain = make(), None
     plain = copy.deepcopy(reported)
@@ -367,6 +412,8 @@ def test_parameters_that_no_optimizer_holds_are_noted(kind):
         )
         (note,) = [n for n in distiller.report(images(), optimizer=optimizer).notes if "optim" in n]
         assert re.match(rf"[\d,]+ parameters in \d+ tensors \(such as '{part}\.", note)
+        said = "of the optimizer, and are not trained: give it `distiller.parameters()`."
+        assert note.endswith(said)
     optimizer = make_optimizer(distiller.parameters(), 0.1)
     assert len(distiller.report(images(), optimizer=optimizer).notes) == 1
 
@@ -446,7 +493,11 @@ STATES = {
     "not finite": (weights_times(math.nan), "are not finite: "),
     "infinite": (weights_times(math.inf), "are not finite: "),
     "constant": (constant, "are the same at every position: "),
-    "huge": (weights_times(1e9), "have an absurd size (root mean square outside 1e-06 to 1000): "),
+    "huge": (
+        weights_times(1e9),
+        "have an absurd size (root mean square outside 1e-06 to 1000): its weights were not "
+        "loaded, or its batch normalisations never saw data.",
+    ),
     "tiny": (tiny, "have an absurd size "),
 }
 
@@ -485,12 +536,17 @@ def test_a_teacher_that_equals_the_student_is_noted():
         (torch.ones(2, 3, 1, 1), "same at every"),
         (torch.ones(1, 3, 1, 1), ""),
         (torch.full((2, 3, 4, 4), 1e-6), "same at every"),
+        (torch.full((2, 3, 4, 4), 1e-3).half(), "same at every"),
         (torch.arange(96.0).view(2, 3, 4, 4), ""),
+        (torch.arange(96.0).flip(0).view(2, 3, 4, 4), ""),
         (torch.arange(96.0).view(2, 3, 4, 4) - 5e4, "absurd"),
         (torch.arange(96.0).view(2, 3, 4, 4).half() * 1e-3, ""),
         (torch.arange(96.0).view(2, 3, 4, 4).half() * 600, "absurd"),
         (torch.arange(96.0).view(2, 3, 4, 4) * 1e30, "absurd"),
+        (torch.tensor([1e3, -1e3] * 8).view(2, 2, 2, 2).mT, ""),
+        (torch.tensor([1e-6, -1e-6] * 8, dtype=torch.float64).view(2, 2, 2, 2), ""),
         (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ""),
+        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "same at every"),
         (torch.ones(0, 3, 4, 4), ""),
         (torch.ones(2, 3, 4, 4, device="meta"), ""),
     ],
@@ -503,6 +559,11 @@ def test_what_is_wrong_with_a_teacher(features, fault):
         assert found.teacher == pytest.approx(features.double().square().mean().sqrt().item())
     else:
         assert found.teacher is None
+
+
+def test_a_teacher_that_equals_a_student_of_another_dtype_is_noted():
+    values = torch.arange(96.0).view(2, 3, 4, 4)
+    assert "student's own" in magnitudes({"c": values.half()}, {"c": values})["c"].fault
 
 
 class Term(nn.Module):
@@ -531,6 +592,7 @@ def test_a_loss_that_trains_nothing_is_noted(function, text):
     distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
     report = distiller.report(images())
     assert report.notes[-1].startswith(text[0].upper() + text[1:])
+    assert "Multiply" not in str(report)
     assert str(report).endswith("".join(f"\n\n{said}" for said in report.notes))
 
 
@@ -555,7 +617,7 @@ def test_the_first_training_step_logs_the_levels_once(caplog):
     for _ in range(3):
         distiller(images())
     (text,) = messages(caplog, logging.INFO)
-    assert str(distiller.report(images())).split("\n\n")[0] in text
+    assert text == "Distilling\n" + str(distiller.report(images())).split("\n\n")[0]
     assert len(caplog.records) == 1
 
 

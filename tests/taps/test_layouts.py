@@ -218,6 +218,11 @@ MISUSE = {
         lambda: PatchTokens(14)(TOKENS.long(), (42, 56)),
         "`tokens`",
     ),
+    "no token for an image that is cut to nothing": (
+        ValueError,
+        lambda: PatchTokens(14)(TOKENS[:, :0], (9, 9)),
+        "image of 9 x 9 in patches of 14 x 14, got (2, 0, 5)",
+    ),
     "maps in place of patches": (
         ValueError,
         lambda: PatchTokens(14)(CHANNELS_LAST, (42, 56)),

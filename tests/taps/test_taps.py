@@ -86,6 +86,17 @@ def test_entering_forgets_what_was_left():
     assert features.keys() == LEVELS.keys()
 
 
+def test_entering_forgets_that_gradients_were_recorded():
+    model = Net()
+    tap = FeatureTap(model, LEVELS)
+    with tap:
+        model(images())
+    with tap:
+        with torch.no_grad():
+            model.backbone(images())
+        assert not tap.pop()["c1"].requires_grad
+
+
 def test_what_was_captured_can_be_popped_after_the_block():
     model = Net()
     tap = FeatureTap(model, LEVELS)
@@ -168,7 +179,13 @@ def test_a_module_that_did_not_run_is_an_error():
     tap = FeatureTap(model, {"head": "head"})
     with tap:
         model.backbone(images())
-        raises(RuntimeError, tap.pop, "1 call(s) of 'head'", "got 0", "run the model itself")
+        said = (
+            "`pop` must follow 1 call(s) of 'head' (alias 'head'), got 0: run the model itself, no "
+            "traced or exported copy, inside the `with` block once before each pop, calling "
+            "modules and not their `.forward`; a model compiled and called before the tap was made "
+            "never calls its hooks: make the tap first, or call `torch.compiler.reset()`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def test_a_module_that_ran_too_often_is_an_error():
@@ -176,7 +193,11 @@ def test_a_module_that_ran_too_often_is_an_error():
     with FeatureTap(model, LEVELS) as tap:
         model(images())
         model(images())
-        raises(RuntimeError, tap.pop, "'backbone.c1'", "got 2", "pop after every forward", "calls=")
+        said = (
+            "'backbone.c1' (alias 'c1'), got 2: pop after every forward inside the `with` block; "
+            "for a module that runs several times in one forward pass `calls={'c1': 2}`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def test_a_shared_head_gives_one_feature_for_each_call():
@@ -442,6 +463,17 @@ def test_an_unknown_path_is_an_error_with_close_matches():
     raises(ValueError, lambda: FeatureTap(AveragedModel(Net()), ["backbone.c"]), "'backbone.c1'")
 
 
+def test_an_unknown_path_that_is_like_none_is_an_error_without_a_hint():
+    said = "must be the path of a module of the Net, got 'zzz'."
+    raises(ValueError, lambda: FeatureTap(Net(), ["zzz"]), said)
+
+
+def test_an_unknown_path_that_ends_others_is_an_error_with_the_first_three():
+    model = nn.ModuleDict({name: nn.ModuleDict({"conv": nn.ReLU()}) for name in "abcd"})
+    close_to = "(close: 'a.conv', 'b.conv', 'c.conv')."
+    raises(ValueError, lambda: FeatureTap(model, ["conv"]), "got 'conv'", close_to)
+
+
 def test_an_error_leaves_no_hook_behind():
     model = Net()
     raises(ValueError, lambda: FeatureTap(model, ["backbone.c1", "backbone.c3"]))
@@ -512,9 +544,11 @@ def test_an_attribute_called_like_a_wrapper_hides_no_path(name, path):
     close(captured(FeatureTap(wrapped, [path]), lambda: wrapped(images()))[path], expected, 0.0)
 
 
-def test_tied_modules_are_reached_by_both_names():
+@pytest.mark.parametrize("wrap", [lambda model: model, AveragedModel], ids=["bare", "averaged"])
+def test_tied_modules_are_reached_by_both_names(wrap):
     model = Net()
     model.tied = model.backbone
+    model = wrap(model)
     tap = FeatureTap(model, {"first": "backbone.c1", "second": "tied.c1"})
     first, second = captured(tap, lambda: model(images())).values()
     close(first, second, 0.0)
@@ -572,6 +606,10 @@ REPLACED = {
     "another model around it": (assign_another_backbone, "backbone.c1", "torch's Sequential"),
     "none": (delete, "backbone.c1.relu", "nothing in place of torch's ReLU"),
 }
+REASONS = (
+    "it was replaced or wrapped, as by LoRA, a conversion or a quantisation. Make the tap (or the "
+    "distiller) after that."
+)
 each_replaced = pytest.mark.parametrize(
     ("replace", "path", "mention"),
     [
@@ -590,7 +628,7 @@ def test_a_module_that_was_replaced_is_an_error_that_says_so(replace, path, ment
         tap.pop()
         replace(model)
         model.eval()(images())
-        raises(RuntimeError, tap.pop, "layers['c']", mention, repr(path), "after that")
+        raises(RuntimeError, tap.pop, "layers['c']", mention, repr(path), REASONS)
 
 
 @each_replaced
@@ -731,7 +769,7 @@ def test_hooks_that_somebody_took_off_are_named():
     with FeatureTap(model, LEVELS) as tap:
         model.backbone.c1._forward_hooks.clear()
         model(images())
-        raises(RuntimeError, tap.pop, "got 0", "taken off the model, make a new tap")
+        raises(RuntimeError, tap.pop, "got 0: its hooks were taken off the model, make a new tap.")
 
 
 # --- hooks of others that replace what a module hands on ------------------------------------------
@@ -759,6 +797,15 @@ def test_a_hook_added_inside_the_block_is_heard_from_the_next_pop_on():
         tap.pop()
         model(images())
         close(tap.pop()["c1"], model.backbone.c1(images()), 0.0)
+
+
+def test_a_hook_added_after_the_tap_is_heard_where_another_of_the_tap_was_taken_off():
+    model = Net().eval()
+    tap = FeatureTap(model, {"c1": "backbone.c1"})
+    model._forward_pre_hooks.clear()
+    model.backbone.c1.register_forward_hook(lambda module, args, output: output + 1)
+    features = captured(tap, lambda: model(images()))
+    close(features["c1"], model.backbone.c1(images()), 0.0)
 
 
 def test_the_order_of_the_hooks_of_taps_stays():
@@ -805,6 +852,7 @@ STRUCTURES = {
     "integer keys": (lambda a, b: {3: a, 4: b}, "[4]", "4"),
     "tuple": (lambda a, b: (a, b), "[1]", "tuple of 2"),
     "from the end": (lambda a, b: [a, b], "[-1]", "list of 2"),
+    "the first from the end": (lambda a, b: [b, a], "[-2]", "list of 2"),
     "nested": (lambda a, b: {"maps": (a, [b])}, "[maps][1][0]", "'maps'"),
     "named tuple": (NamedPair, "[second]", "NamedPair of 2"),
     "attribute": (Pair, "[second]", "Pair"),
@@ -935,8 +983,10 @@ def test_without_a_clone_the_feature_is_the_models_own():
     model = Net(inplace=False)
     seen = []
     model.backbone.c1.register_forward_hook(lambda module, args, output: seen.append(output))
-    features = captured(FeatureTap(model, LEVELS, clone=False), lambda: model(images()))
+    batch, layers = images(), LEVELS | {"x": "backbone:input"}
+    features = captured(FeatureTap(model, layers, clone=False), lambda: model(batch))
     assert features["c1"] is seen[0]
+    assert features["x"] is batch
 
 
 # --- gradients that are not there -----------------------------------------------------------------
@@ -1040,7 +1090,13 @@ def test_a_part_of_the_model_without_gradient_is_an_error():
     model.backbone.requires_grad_(False)
     with FeatureTap(model, LEVELS) as tap:
         model(images())
-        raises(RuntimeError, tap.pop, "'backbone.c1'", "frozen")
+        said = (
+            "`layers['c1']` must carry a gradient, got none from 'backbone.c1': parameters are "
+            "frozen (leave this level out, here and in the loss), or it runs under `no_grad` or "
+            "inside reentrant checkpointing (take `use_reentrant=False`); call a teacher under "
+            "`torch.no_grad()`."
+        )
+        raises(RuntimeError, tap.pop, said)
 
 
 def frozen(model):
@@ -1329,7 +1385,11 @@ def test_a_replica_of_data_parallel_is_an_error_that_names_the_alternative():
     tap = FeatureTap(model, LEVELS)
     replica = model._replicate_for_data_parallel()
     with tap:
-        raises(RuntimeError, lambda: replica(images()), "DataParallel", "DistributedDataParallel")
+        said = (
+            "`model` must not run as replicas of nn.DataParallel, which share one tap between "
+            "threads"
+        )
+        raises(RuntimeError, lambda: replica(images()), said, "use DistributedDataParallel")
 
 
 def test_a_replica_of_a_part_is_an_error_too():
@@ -1447,7 +1507,11 @@ MISUSE = {
         lambda: FeatureTap(Net(), LEVELS, calls={"c3": 2}),
         "'c3'",
     ),
-    "calls that are no mapping": (TypeError, lambda: FeatureTap(Net(), LEVELS, calls=5), "int"),
+    "calls that are no mapping": (
+        TypeError,
+        lambda: FeatureTap(Net(), LEVELS, calls=5),
+        "alias to count, got int.",
+    ),
     "convert of an unknown alias": (
         ValueError,
         lambda: FeatureTap(Net(), LEVELS, convert={"c3": doubled}),
@@ -1456,12 +1520,12 @@ MISUSE = {
     "convert to no function": (
         TypeError,
         lambda: FeatureTap(Net(), LEVELS, convert={"c1": "NHWC"}),
-        "`convert['c1']`",
+        "`convert['c1']` must be callable, got str.",
     ),
     "convert of another type": (
         TypeError,
         lambda: FeatureTap(Net(), LEVELS, convert=doubled),
-        "`convert`",
+        "`convert` must be a mapping from alias to function, got function.",
     ),
 }
 
@@ -1474,16 +1538,17 @@ def test_misuse(error, call, mention):
 def test_one_tap_cannot_be_entered_twice():
     tap = FeatureTap(Net(), LEVELS)
     with tap:
-        raises(RuntimeError, tap.__enter__, "twice")
+        said = "`with` must not be entered twice by one tap, got a tap in use."
+        raises(RuntimeError, tap.__enter__, said)
 
 
 def test_a_key_may_stand_in_quotes():
     class Pyramid(nn.Module):
         def forward(self, image):
-            return {"low": image, "0": -image}
+            return {"X": image, "0": -image}
 
     model = nn.Sequential(Pyramid())
-    with FeatureTap(model, {"a": "0['low']", "b": '0["0"]'}) as tap:
+    with FeatureTap(model, {"a": "0['X']", "b": '0["0"]'}) as tap:
         model(torch.ones(1, 3, 4, 4))
         features = tap.pop()
     assert features["a"].sum() == 48
