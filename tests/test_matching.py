@@ -94,7 +94,6 @@ def cases(rows):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", cases((name,) for name in STAGES))
 def test_the_stages_of_a_model(name):
     model, (example, *_) = make(name)
@@ -112,7 +111,6 @@ CROSS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs"), cases(CROSS))
 def test_the_pairs_of_two_families(ours, theirs):
     (student, (example, *_)), (teacher, _) = make(ours), make(theirs)
