@@ -361,6 +361,7 @@ def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
         assert table[0] == [f"{name}'s path", "shape", "stride", "channels"]
         assert ["c1", f"1 x {width} x 32 x 48", "2", str(width)] in table
         assert ["c2.conv", f"1 x {2 * width} x 16 x 24", "4", str(2 * width)] in table
+    assert teacher[-1] == ["c2", "1 x 12 x 16 x 24", "4", "12"]
     for part in (pairs, *match.all.split("\n\n")):
         header, *rows = part.splitlines()
         starts = {row.index(" x ") // 2 for row in rows}
@@ -658,6 +659,16 @@ def test_equal_stages_are_no_pyramid():
 def test_a_pyramid_that_nothing_takes_in_is_taken_for_a_head():
     model = nn.Sequential(Stages(8, 8, 8), FPN((8, 8), 5))
     assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+
+
+class Ends(nn.Module):
+    def forward(self, maps):
+        return torch.cat([x.flatten(1) for x in maps], 1)
+
+
+def test_an_fpn_may_be_all_that_puts_a_pyramid_out():
+    model = nn.Sequential(Stages(8, 8, 8), FPN((8, 8), 8), Ends())
+    assert match_layers(model, model, PIXELS).layers == {"p2": ("1[0]",) * 2, "p3": ("1[1]",) * 2}
 
 
 class Projections(nn.Module):
@@ -1222,7 +1233,11 @@ def test_maps_that_are_made_of_tokens_are_a_stage_and_no_projection():
 @pytest.mark.parametrize(
     ("error", "call", "mention"),
     [
-        (TypeError, lambda: match_layers("net", Net(), PIXELS), "`student`"),
+        (
+            TypeError,
+            lambda: match_layers("net", Net(), PIXELS),
+            "`student` must be an nn.Module, got str",
+        ),
         (TypeError, lambda: match_layers(Net().float(), None, PIXELS), "`teacher`"),
         (ValueError, lambda: match_layers(nn.Flatten(), nn.Flatten(), PIXELS), "`student`"),
         (ValueError, lambda: match_layers(convolutions(2), nn.Linear(96, 2), PIXELS[0]), "student"),

@@ -183,7 +183,8 @@ def test_printed_it_is_a_table():
         "loss_non_local",
         "distillation",
     ]
-    assert lines[6].endswith("gradient / detector's")
+    header = ["term", "value", "gradient", "gradient / detector's"]
+    assert re.split(r"\s{2,}", lines[6]) == header
     assert lines[7].split()[-1] == "1"
     assert lines[13].startswith("The distillation's gradient is ")
     assert len(lines) == 14
@@ -208,6 +209,17 @@ def test_a_detector_whose_images_are_a_list():
         assert report.levels[0].adapter_parameters > 0
         assert report.detector.gradient_ratio == 1
         assert "c3" in str(report)
+
+
+def test_each_side_is_reported_with_its_own_path_and_tokens_without_a_stride():
+    student, teacher = (nn.Sequential(nn.Conv2d(3, c, 4, 4), nn.Flatten(2)) for c in (4, 6))
+    pair = {"c1": ("1", "0.1")}
+    loss = Term(lambda x: {"term": x.mean()})
+    distiller = Distiller(student.double(), nn.Sequential(teacher).double(), loss, pair)
+    (level,) = distiller.report(images()).levels
+    assert (level.student_path, level.teacher_path) == ("1", "0.1")
+    assert level.student_shape == (2, 4, 24)
+    assert (level.student_stride, level.teacher_stride) == (None, None)
 
 
 class Unbatched(Net):
@@ -265,6 +277,7 @@ def test_the_adapters_of_a_loss_that_is_not_featkds(adapters, levels, counts, re
     assert [level.adapter_parameters for level in report.levels] == counts
     assert [term.name for term in report.terms] == ["mean", "detector"]
     assert report.detector.value > 0
+    assert "\ndistillation " in str(report)
     rows = str(report).splitlines()[1 : 2 * len(levels) : 2]
     printed = ["-" if count is None else str(count) for count in counts]
     assert [row.split()[-1] for row in rows] == printed
@@ -283,6 +296,7 @@ OUTPUTS = {
     "parts and items": ((LOSS * torch.tensor([1.0, 2.0]), {"box": torch.ones(())}), 3.0),
     "parts and their values": ((LOSS * torch.ones(3), torch.ones(3)), 3.0),
     "a loss and logits": ((2 * LOSS, LOSS * torch.ones(2, 3)), 2.0),
+    "a loss and two logits": ((2 * LOSS, LOSS * torch.ones(2)), 2.0),
     "two losses in a tuple": ((2 * LOSS, LOSS), None),
     "parts alone": ((LOSS * torch.ones(3),), None),
     "two outputs": ((LOSS * torch.ones(3), LOSS * torch.ones(3)), None),
