@@ -31,7 +31,7 @@ class Layer:
     pyramid: bool = False
     """One of the maps of an FPN, as they enter the detector's head."""
     patch_projection: bool = False
-    """A stage that is no deep feature: blocks work on its positions as tokens."""
+    """A stage that is no deep feature, as blocks work on its positions as tokens."""
 
     @property
     def channels(self) -> int:
@@ -99,7 +99,7 @@ class LayerMatch:
 
     @property
     def all(self) -> str:
-        """A table a model of what can be tapped: the stages, their blocks, what lies no deeper."""
+        """What can be tapped, a table a model, with stages, blocks and what lies no deeper."""
         return "\n\n".join((_listing("student", self.student), _listing("teacher", self.teacher)))
 
     def __str__(self) -> str:
@@ -151,7 +151,7 @@ def match_layers(
 
     The pairs are those of the feature pyramids where both models have one: what an FPN puts out at
     one width (`"p3"`), or what enters a head that takes several maps. Else they are those of the
-    backbones' stages (`"c3"`), which :meth:`LayerMatch.select` takes in any case.
+    backbones' stages (`"c3"`), which :meth:`featkd.matching.LayerMatch.select` takes in any case.
 
     The backbone is the sequence of modules that keep or halve their map, each one step whatever is
     inside; a block on tokens is passed over. It ends where the stride falls, where several maps go
@@ -166,8 +166,8 @@ def match_layers(
         example_inputs, example_kwargs: arguments for both; a batch of the size to be trained on.
 
     Returns:
-        :class:`LayerMatch`; levels are named by their stride, `"c3"` or `"p3"` for 8 = 2^3 (the
-        field's names) and `"stride14"` where it is no power of 2.
+        :class:`featkd.matching.LayerMatch`; levels are named by their stride, `"c3"` or `"p3"` for
+        8 = 2^3 (the field's names) and `"stride14"` where it is no power of 2.
 
     Raises:
         TypeError: a model is no module.
