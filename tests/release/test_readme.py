@@ -27,5 +27,4 @@ def test_the_code_blocks_run_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(blocks) == 5
     assert names["total"].isfinite()
     assert set(names["match"].layers) >= {"c3", "c4", "c5"}
-    assert names["masked"] > 0
-    assert names["transfer"] > 0
+    assert 0 < names["masked"] <= 2  # 1 - correlation
