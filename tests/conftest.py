@@ -16,6 +16,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 ONE_GRAPH_SINCE = (2, 6)
 
 
+def pytest_configure(config):
+    # pytest-xdist would leave files of few tests to the end: those that start processes or train.
+    config.option.loadscopereorder = False
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.set_num_threads(1)
