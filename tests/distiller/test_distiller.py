@@ -143,6 +143,15 @@ def test_evaluation_without_gradients():
     assert not any(value.requires_grad for value in losses.values())
 
 
+@pytest.mark.parametrize("call", [None, lambda model, batch, scale: model(batch, scale=scale)])
+def test_evaluation_takes_all_arguments_of_the_students_call(call):
+    layers = {"c1": ("trunk.c1", "trunk.c1")}
+    distiller = build(HasTrunk(4), HasTrunk(6), layers=layers, student_forward=call).eval()
+    output, losses = distiller(images(), scale=3)
+    close(output, distiller.student(3 * images()), 0.0)
+    assert losses == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_teacher_of_another_dtype(dtype):
     distiller = Distiller(

@@ -222,6 +222,17 @@ def test_each_side_is_reported_with_its_own_path_and_tokens_without_a_stride():
     assert (level.student_stride, level.teacher_stride) == (None, None)
 
 
+class OfAList(Net):
+    def forward(self, batch):
+        return super().forward(torch.stack(batch))
+
+
+def test_the_strides_are_those_of_the_tensor_that_is_shared():
+    distiller = Distiller(OfAList(4), Net(6), distillation_loss(), LEVELS, shared_input="backbone")
+    levels = distiller.report(list(images())).levels
+    assert [(level.student_stride, level.teacher_stride) for level in levels] == [(2, 2), (4, 4)]
+
+
 class Unbatched(Net):
     def forward(self, image):
         return super().forward(image[None])
@@ -576,7 +587,7 @@ def test_what_is_wrong_with_a_teacher(features, fault):
 
 
 def test_a_teacher_that_equals_a_student_of_another_dtype_is_noted():
-    values = torch.arange(96.0).view(2, 3, 4, 4)
+    values = torch.arange(96.0).view(2, 3, 4, 4) / 7
     assert "student's own" in magnitudes({"c": values.half()}, {"c": values})["c"].fault
 
 
