@@ -387,7 +387,8 @@ def test_random_numbers_are_kept_for_the_devices_in_use_alone(monkeypatch):
 
     monkeypatch.setattr(torch.random, "fork_rng", keep)
     with FakeTensorMode():
-        on_a_gpu = nn.Linear(1, 1, device="cuda")
+        on_a_gpu = nn.Linear(1, 1, bias=False, device="meta")
+        on_a_gpu.weight = nn.Parameter(torch.empty(1, 1, device="cuda"))
     for models in ([Net()], [Net(), on_a_gpu]):
         with preserved(*models):
             pass
