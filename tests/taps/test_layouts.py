@@ -8,7 +8,7 @@ import torch
 
 import featkd
 from featkd import PatchTokens, from_channels_last, from_tokens
-from featkd.taps.layouts import converts_by_side
+from featkd.taps.layouts import converted, converts_by_side
 from tests.helpers.models import raises
 from tests.helpers.tensors import close, normal
 
@@ -295,3 +295,12 @@ def test_a_loss_names_no_function_where_the_channels_are_not_last(shape):
 
 def test_they_are_public():
     assert {"PatchTokens", "from_channels_last", "from_tokens"} <= set(featkd.__all__)
+
+
+def test_tokens_of_no_image_say_what_to_call():
+    text = (
+        "`convert['c4']` must know the image's size, got no image (B, C, H, W) in a call of the "
+        "model or of a part around the tapped module: call these and not their methods, or take "
+        "`featkd.from_tokens` with a size."
+    )
+    raises(RuntimeError, lambda: converted(PATCHES, TOKENS, None, "c4"), text)

@@ -756,12 +756,37 @@ def test_a_tied_module_that_runs_beside_the_graph_is_captured():
     captures_what_plain_hooks_see(tap, model, lambda: model(images()))
 
 
+def test_a_tied_module_whose_first_name_is_a_graphs_is_captured():
+    part = nn.Conv2d(3, 4, 3).double()
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    graph.unused = part
+    model = nn.Sequential(graph, part)
+    captures_what_plain_hooks_see(FeatureTap(model, ["1"]), model, lambda: model(images()))
+
+
+def called(module, x):
+    return module(x)
+
+
+def test_a_module_that_a_graph_fetches_and_hands_on_is_captured():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(called, (graph.get_attr("part"), x)))
+    model = torch.fx.GraphModule({"part": nn.Conv2d(3, 4, 3).double()}, graph)
+    captures_what_plain_hooks_see(FeatureTap(model, ["part"]), model, lambda: model(images()))
+
+
 def test_a_traced_copy_that_runs_in_place_of_the_model_is_named():
     model = Net()
     copied = torch.fx.symbolic_trace(model)
     with FeatureTap(model, LEVELS) as tap:
         copied(images())
         raises(RuntimeError, tap.pop, "got 0", "no traced or exported copy")
+
+
+def test_an_argument_for_another_alias_is_told_those_there_are():
+    text = "`calls` must name aliases of ['c1', 'c2'], got 'c9'."
+    raises(ValueError, lambda: FeatureTap(Net(), LEVELS, calls={"c9": 2}), text)
 
 
 def test_hooks_that_somebody_took_off_are_named():
