@@ -71,3 +71,11 @@ def test_pickle_and_repr_of_the_maps(module, option):
 def test_repr_names_the_arguments(module, options):
     for option in options:
         assert option in repr(module)
+
+
+def test_a_loss_says_its_options_in_one_line():
+    form = "reduction='mean', resize=None, normalize=False, standardize=False"
+    transfer = AttentionTransferLoss(3, 2).extra_repr()
+    assert transfer == f"3, 2, attention='both', absolute=True, {form}"
+    non_local = NonLocalLoss(3, 2, kind="gaussian").extra_repr()
+    assert non_local == f"3, 2, teacher_relation='fixed', {form}"

@@ -98,6 +98,13 @@ TEXTS = {
     ),
     "`reduction` must be 'none', 'mean' or 'sum' with `standardize`, which gives no norm, "
     "got 'norm'.": lambda: f.non_local_loss(MAP, MAP, reduction="norm", standardize=True),
+    "`reduction` must be 'none', 'mean' or 'sum' with `standardize`, which gives no norm, "
+    "got 'mean_square'.": lambda: f.non_local_loss(
+        MAP, MAP, reduction="mean_square", standardize=True
+    ),
+    "`student_features` must have the shape (B, 7, H, W), got (2, 3, 4, 5).": (
+        lambda: featkd.FeatureDistillationLoss(7, 3)(MAP, MAP)
+    ),
     # the checks
     "`features` must be a tensor, got list.": lambda: f.spatial_attention([1.0]),
     "`features` must be a tensor of float16, bfloat16, float32 or float64, got torch.int64.": (
