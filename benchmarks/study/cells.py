@@ -178,3 +178,16 @@ def best(lines: Iterable[Line]) -> dict[tuple[str, str], dict[str, Any]]:
         if cell[0]["hyperparameters"] and (place not in chosen or ap > chosen[place][0]):
             chosen[place] = ap, cell[0]["hyperparameters"]
     return {place: hyperparameters for place, (_, hyperparameters) in chosen.items()}
+
+
+def best_everywhere(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
+    """By method, of what all detectors have, the hyperparameters of the highest mean AP."""
+    lines = [line for line in lines if line["hyperparameters"]]
+    detectors = {line["detector"] for line in lines}
+    chosen: dict[str, tuple[float, dict[str, Any]]] = {}
+    for cell in cells(lines, ("method", "hyperparameters")):
+        method, ap = cell[0]["method"], mean(line["ap"] for line in cell)
+        everywhere = {line["detector"] for line in cell} == detectors
+        if everywhere and (method not in chosen or ap > chosen[method][0]):
+            chosen[method] = ap, cell[0]["hyperparameters"]
+    return {method: hyperparameters for method, (_, hyperparameters) in chosen.items()}

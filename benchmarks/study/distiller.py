@@ -7,6 +7,7 @@ from torch import nn
 import featkd
 from benchmarks.study.methods import METHODS
 from benchmarks.study.methods.overhaul import move_last_relu
+from benchmarks.study.remembered import Remember, RememberedTeacher, recall
 from benchmarks.study.runs import Run
 from benchmarks.study.variants import featkd_loss
 
@@ -18,8 +19,12 @@ def new_distiller(
     layers: Mapping[str, tuple[str, str]],
     channels: Sequence[Mapping[str, int]],
     anchor_sizes: Mapping[str, Sequence[float]],
+    remember: Remember | None = None,
 ) -> featkd.Distiller:
-    """By level `layers`, the student's and the teacher's `channels`, and a detector's anchors."""
+    """By level `layers`, the student's and the teacher's `channels`, and a detector's anchors.
+
+    `remember(teacher, paths)` gives the teacher's features of the run's scenes.
+    """
     loss = new_loss(run, channels, anchor_sizes)
     if run.method == "fgfi":
         loss.watch(student)
@@ -28,6 +33,11 @@ def new_distiller(
             level: (ahead_of_last_relu(student, ours), ahead_of_last_relu(teacher, theirs))
             for level, (ours, theirs) in layers.items()
         }
+    if remember is not None:
+        features = remember(teacher, {level: theirs for level, (_, theirs) in layers.items()})
+        layers = {level: (ours, f"levels.{level}") for level, (ours, _) in layers.items()}
+        known = RememberedTeacher(features)
+        return featkd.Distiller(student, known, loss, layers, teacher_forward=recall)
     return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
 
 

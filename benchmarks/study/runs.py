@@ -13,7 +13,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """Training scenes are those of the run's seed; the held-out ones the same for all seeds."""
+    """Training scenes are those of the run's seed; the held-out ones the same for all seeds.
+
+    `name`: `"scenes"`, densely filled, or `"sparse"`.
+    """
 
     held_out_seed: int
     name: str = "scenes"

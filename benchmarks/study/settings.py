@@ -65,6 +65,7 @@ AT_FPN = [
         for beta in (1e-3, 4e-3)
     ),
 ]
+STANDARDIZED = settings_of(featkd.STANDARDIZED)
 PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
 ABLATION = [
     with_terms(TWO_STAGE, *names) | FPN
@@ -163,6 +164,32 @@ CHOICES = [
     # About the weight of 4e-3 at the levels' C H W, and at the teacher's norm.
     with_terms(replace(TWO_STAGE, beta=0.4), "beta") | FPN | {"unit": "element"},
     settings_of(BASE, beta=2.0, temperature=4.0) | FPN,
+]
+# One setting a preset, whatever the scenes: what a user has who tunes nothing.
+UNTUNED = [
+    STANDARDIZED | FPN,
+    STANDARDIZED,
+    FPN_OUTPUTS,
+    *PRESETS_AT_STAGES,
+]
+STEADINESS = [
+    settings_of(featkd.STANDARDIZED, beta=factor * featkd.STANDARDIZED.beta) | FPN
+    for factor in (0.25, 1.0, 4.0)
+]
+# The three terms and masks of the scale-free form, on sparse scenes.
+SCALE_FREE = [
+    STANDARDIZED | FPN,
+    *(
+        settings_of(featkd.STANDARDIZED, beta=0.0, gamma=4.0, kind=kind) | FPN
+        for kind in ("dot_product", "gaussian", "embedded_gaussian", "concatenation")
+    ),
+    settings_of(featkd.STANDARDIZED, beta=2.0, gamma=2.0) | FPN,
+    *(settings_of(featkd.STANDARDIZED, alpha=alpha) | FPN for alpha in (0.1, 0.4)),
+    *(
+        settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention=part) | FPN
+        for part in ("spatial", "channel", "both")
+        for temperature in (2.0, 8.0)
+    ),
 ]
 TEACHER_RELATION = [
     *(

@@ -2,7 +2,7 @@
 
 from contextlib import redirect_stderr
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -10,12 +10,14 @@ from torch import nn
 
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
+from benchmarks.study.remembered import remembered
 from benchmarks.study.runs import Line, Run, teacher_of
 from examples.detection.checkpoints import write_atomically
 from examples.detection.detectors import MASK_RCNN, Shape, build, tapped
-from examples.detection.scenes import SIZE, Scenes
+from examples.detection.scenes import DENSE, SPARSE, Scenes
 from examples.detection.training import MASK_METRICS, METRICS, Alone, Settings, evaluate, train
 
+KINDS = {"scenes": DENSE, "sparse": SPARSE}
 # By level RetinaNet's and Faster R-CNN's own anchors; FCOS, which has none, gets the same.
 ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
 
@@ -25,7 +27,8 @@ scenes = lru_cache(maxsize=3)(Scenes)
 
 def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
     torch.manual_seed(run.seed)
-    return build(run.detector, role, len(Scenes.classes), SIZE, shape)
+    kind, classes = KINDS[run.data.name], len(Scenes.classes)
+    return build(run.detector, role, classes, kind.size, shape, small_objects=kind is SPARSE)
 
 
 def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
@@ -38,10 +41,19 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
     # By the run's own seed, from which the adapters are drawn too.
     teacher = new_detector(run, "teacher", run.teacher.shape)
     load_weights(teacher, teacher_of(run), folder)
-    layers, channels = tapped(student, teacher, run.taps, SIZE)
+    layers, channels = tapped(student, teacher, run.taps, KINDS[run.data.name].size)
     teacher.to(device)
     anchor_sizes = dict(zip(layers, ANCHOR_SIZES, strict=True))
-    return new_distiller(run, student, teacher, layers, channels, anchor_sizes)
+    remember = None
+    if run.data.name == "sparse":
+        data = training_scenes(run)
+        remember = partial(remembered, data=data, folder=folder, name=teacher_of(run).name)
+    return new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
+
+
+def training_scenes(run: Run) -> Scenes:
+    with_masks = run.detector == MASK_RCNN
+    return scenes(run.seed, run.data.train_images, with_masks, KINDS[run.data.name])
 
 
 def load_weights(detector: nn.Module, run: Run, folder: Path) -> None:
@@ -74,7 +86,7 @@ def line_of(run: Run, folder: Path, device: torch.device) -> Line:
         learning_rate=3e-3,
         seed=run.seed,
         device=device,
-        amp=False,
+        amp=run.data.name == "sparse",
         workers=0,
         checkpoint_every=100,
         evaluations=0,
@@ -82,9 +94,8 @@ def line_of(run: Run, folder: Path, device: torch.device) -> Line:
         area_scale=2.0,
     )
     model = new_model(run, folder, device)
-    with_masks = run.detector == MASK_RCNN
-    data = scenes(run.seed, run.data.train_images, with_masks)
-    held_out = scenes(run.data.held_out_seed, run.data.held_out_images, with_masks)
+    data = training_scenes(run)
+    held_out = scenes(run.data.held_out_seed, run.data.held_out_images, data.masks, data.kind)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
     curve = train(run.name, model, data, held_out, run.steps, settings, checkpoint)
     metrics = evaluate(model.student, held_out, settings)
