@@ -158,7 +158,7 @@ def build(
         # FCOS gives a level the objects of 4 to 8 times its anchor.
         base = 1 if small_objects else 2
         anchors = AnchorGenerator(((base,), (2 * base,), (4 * base,)), ((1.0,),) * 3)
-        # A sixth of an object's pixels are within 1.5 strides of its centre at the level below.
+        # A small object has few positions: more of them are positive examples.
         sizes["center_sampling_radius"] = 3.0 if small_objects else 1.5
         head = FCOSHead(fpn, 1, classes, num_convs=2)
         draw_towers(head)

@@ -366,19 +366,54 @@ def test_restarts_on_several_nodes_want_a_store_that_does_not_outlive_them(
         join_processes(torch.device("cpu"))
 
 
-def test_scenes_are_a_pure_function_of_seed_and_index() -> None:
-    from examples.detection.scenes import OBJECTS, Scenes
+@pytest.mark.parametrize("name", ["DENSE", "SPARSE"])
+def test_scenes_are_a_pure_function_of_seed_and_index(name: str) -> None:
+    from examples.detection import scenes
 
-    first, second = Scenes(3, 10), Scenes(3, 10)
+    kind = getattr(scenes, name)
+    first, second = (scenes.Scenes(3, 10, kind=kind) for _ in range(2))
     image, target = first[7]
     again, _ = second[7]
     assert torch.equal(image, again)
-    assert not torch.equal(image, Scenes(4, 10)[7][0])
-    assert 1 <= len(target["labels"]) <= OBJECTS[1]
+    assert not torch.equal(image, scenes.Scenes(4, 10, kind=kind)[7][0])
+    assert image.shape == (3, kind.size, kind.size)
+    assert 1 <= len(target["labels"]) <= kind.objects[1]
+    assert target["image_id"] == 7
     boxes = target["boxes"]
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert boxes.min() >= 0
-    assert boxes.max() <= 96
+    assert boxes.max() <= kind.size
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("DENSE", 0.30, 0.40), ("SPARSE", 0.03, 0.04)])
+def test_the_share_of_the_pixels_in_boxes(name: str, least: float, most: float) -> None:
+    from examples.detection import scenes
+
+    kind = getattr(scenes, name)
+    inside = torch.zeros(60, kind.size, kind.size)
+    for index, (_, target) in enumerate(scenes.Scenes(3, 60, kind=kind)):
+        for left, top, right, bottom in target["boxes"].tolist():
+            inside[index, top:bottom, left:right] = 1
+    assert least < inside.mean() < most
+
+
+def test_dense_scenes_are_those_of_the_published_lines() -> None:
+    from examples.detection.scenes import draw_scene
+
+    image, boxes, labels, _ = draw_scene(20, 5)
+    assert boxes == [[11, 41, 26, 57], [4, 65, 34, 95], [60, 64, 80, 84]]
+    assert labels == [1, 2, 1]
+    # Another NumPy may round a pixel otherwise.
+    assert image.sum(dtype="int64") == pytest.approx(2694669, abs=10)
+
+
+def test_a_compact_fcos_for_small_objects_has_smaller_levels_and_a_wider_centre() -> None:
+    from examples.detection.detectors import build
+
+    usual, small = (build("fcos", "student", 5, 64, small_objects=small) for small in (False, True))
+    assert usual.anchor_generator.sizes == ((2,), (4,), (8,))
+    assert small.anchor_generator.sizes == ((1,), (2,), (4,))
+    assert (usual.center_sampling_radius, small.center_sampling_radius) == (1.5, 3.0)
 
 
 def test_masks_are_what_is_in_sight_of_each_object_and_change_nothing_else() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.study.cells import best, interval, paired_gains, rows
+from benchmarks.study.cells import best, best_everywhere, interval, paired_gains, rows
 from benchmarks.study.settings import CANDIDATES, PRESETS, RELATIONS
 from benchmarks.study.tables import report
 from benchmarks.study.tests.samples import DATA, DISTILLED, PLAIN, line_of, seeds
@@ -77,3 +77,13 @@ def test_the_best_candidate_has_the_highest_mean_over_its_seeds() -> None:
     lines = seeds(PLAIN, 0.99, 0.99) + seeds(first, 0.1, 0.9)
     lines += seeds(second, 0.55, 0.56) + seeds(third, 0.5, 0.5)
     assert best(lines) == {("fcos", "featkd"): second.hyperparameters}
+
+
+def test_the_best_everywhere_is_what_all_detectors_have_and_gain_most_by() -> None:
+    lines = []
+    for weight, by_detector in {1.0: (0.5, 0.6), 4.0: (0.9, 0.1), 16.0: (0.99, None)}.items():
+        run = replace(DISTILLED, method="pkd", hyperparameters={"weight": weight})
+        for detector, ap in zip(("fcos", "retinanet"), by_detector, strict=True):
+            if ap is not None:
+                lines += seeds(replace(run, detector=detector), ap, ap)
+    assert best_everywhere(lines) == {"pkd": {"weight": 1.0}}

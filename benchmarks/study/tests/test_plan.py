@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import TABLES, main_runs, tap_runs, tune_runs
+from benchmarks.study.plan import TABLES, main_runs, sparse_runs, tap_runs, tune_runs
 from benchmarks.study.runs import Teacher
 from benchmarks.study.settings import (
     ATTENTION,
@@ -58,7 +58,7 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
         main_runs(lines[:-1])
     runs = main_runs(lines)
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
-    assert len(runs) == (11 + 10 + 10) * 5
+    assert len(runs) == (12 + 11 + 11) * 5
     ours = [run.hyperparameters for run in runs if run.method == "featkd"]
     for everywhere in (FPN_OUTPUTS, *PRESETS_AT_STAGES):
         assert ours.count(everywhere) >= 3 * 5
@@ -67,6 +67,20 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     assert "taps" not in others["overhaul"]
     others = {run.method: run.hyperparameters for run in runs if run.detector == "retinanet"}
     assert others["pkd"] == {"weight": 4.0}
+
+
+def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
+    lines = chosen_lines()
+    with pytest.raises(LookupError, match="`run taps` finished first: 1 of its runs"):
+        sparse_runs(lines[:-1])
+    runs = sparse_runs(lines)
+    assert len(runs) == (1 + 5 + 6) * 3 * 5
+    assert {run.data.name for run in runs} == {"sparse"}
+    for method in METHODS:
+        settings = [run.hyperparameters for run in runs if run.method == method]
+        assert all(each == settings[0] for each in settings)
+    # At the backbone's stages two of three detectors are better in the made-up lines.
+    assert {tuple(run.hyperparameters) for run in runs if run.method == "pkd"} == {("weight",)}
 
 
 def test_at_the_fpn_a_baseline_that_gains_there_is_tried_with_three_weights() -> None:

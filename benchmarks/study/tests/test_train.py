@@ -12,12 +12,14 @@ from benchmarks.study import train
 from benchmarks.study.cells import facts, rows
 from benchmarks.study.document import as_mask_line
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS
+from benchmarks.study.remembered import RememberedTeacher, recall, remembered
 from benchmarks.study.runs import identity, teacher_of
 from benchmarks.study.settings import CANDIDATES, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
 from examples.detection import training
 from examples.detection.detectors import BACKBONES
+from examples.detection.training import collate
 
 
 @pytest.fixture
@@ -55,6 +57,41 @@ def test_the_fpn_s_outputs_can_be_tapped(folder: Path) -> None:
     settings = {"weight": 1.0, "taps": "fpn"}
     other = replace(run, method="fgfi", steps=1, hyperparameters=settings)
     assert perform(other, folder, "cpu")["hyperparameters"] == settings
+
+
+def test_a_remembered_teacher_says_what_the_detector_finds_in_the_same_scene(
+    tmp_path: Path,
+) -> None:
+    run = replace(DISTILLED, data=replace(DISTILLED.data, name="sparse"))
+    teacher = new_model(teacher_of(run), tmp_path, CPU).student
+    scenes = train.training_scenes(run)
+    paths = {"c3": "backbone.body.layer2", "p1": "backbone[1]"}
+    kept = {"data": scenes, "folder": tmp_path, "name": "teacher"}
+    features = remembered(teacher, paths, **kept)
+    images, targets = collate([scenes[index] for index in (11, 4)])
+    with featkd.FeatureTap(RememberedTeacher(features), ["levels.c3", "levels.p1"]) as tap:
+        recall(tap.model, images, targets)
+        found = tap.pop()
+    with featkd.FeatureTap(teacher.eval(), paths) as tap, torch.no_grad():
+        teacher(images)
+        expected = tap.pop()
+    for name, each in expected.items():
+        # bfloat16 has 8 bits, and errors of several layers add up.
+        error = (found[f"levels.{name}"] - each).norm() / each.norm()
+        assert error < 0.02
+    file = next(tmp_path.glob("features-*.pt"))
+    file.rename(tmp_path / "other")
+    torch.save(dict.fromkeys(paths, torch.zeros(())), file)
+    assert remembered(teacher, paths, **kept)["c3"] == 0
+
+
+@pytest.mark.parametrize("method", ["featkd", "overhaul"])
+def test_a_run_on_sparse_scenes_has_a_line(tmp_path: Path, method: str) -> None:
+    data = replace(DISTILLED.data, name="sparse")
+    settings = CANDIDATES[method][1]
+    run = replace(DISTILLED, method=method, data=data, hyperparameters=settings)
+    perform(teacher_of(run), tmp_path, "cpu")
+    assert perform(run, tmp_path, "cpu")["data"]["name"] == "sparse"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
