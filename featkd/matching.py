@@ -142,20 +142,20 @@ def match_layers(
     """Lists the layers of two models that can be tapped and pairs them by stride.
 
     Both models are called once with the example, in `eval` mode without gradients, and left as
-    they were. A layer is listed if its module runs once and puts out one feature map; its stride is
+    they were. A layer is listed if its module runs once and puts out one feature map. Its stride is
     the height of the first map that enters a module over its own. A map is what shrinks alike in
-    height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits (height and
-    width that differ in the example tell the two apart); see `.convert` of the result. Tokens
+    height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits. Height and
+    width that differ in the example tell the two apart; see `.convert` of the result. Tokens
     `(B, N, C)` are not listed, as their H x W is not known. A patch projection in front of tokens
     is marked in the table, as it is no deep feature.
 
-    The pairs are those of the feature pyramids where both models have one: what an FPN puts out at
-    one width (`"p3"`), or what enters a head that takes several maps. Else they are those of the
-    backbones' stages (`"c3"`), which :meth:`featkd.matching.LayerMatch.select` takes in any case.
+    The pairs are those of the feature pyramids where both models have one. A pyramid is what an FPN
+    puts out at one width (`"p3"`), or what enters a head that takes several maps. Else they are
+    those of the backbones' stages (`"c3"`). :meth:`featkd.matching.LayerMatch.select` takes either.
 
-    The backbone is the sequence of modules that keep or halve their map, each one step whatever is
-    inside; a block on tokens is passed over. It ends where the stride falls, where several maps go
-    in or come out, where all positions are pooled into one, and where a head begins. A head takes
+    The backbone is the sequence of modules that keep or halve their map, each one step with what is
+    inside. A block on tokens is passed over. The backbone ends where the stride falls, where
+    several maps go in or come out, where positions are pooled into one, and at a head. A head takes
     the last map and puts out none, or follows the module that the image enters and that holds most
     of the backbone. A stage is the last step at its stride, the outermost module of those that end
     with it and hold no other stage. A list that a backbone puts out has the stages that no module
@@ -166,8 +166,8 @@ def match_layers(
         example_inputs, example_kwargs: arguments for both; a batch of the size to be trained on.
 
     Returns:
-        :class:`featkd.matching.LayerMatch`; levels are named by their stride, `"c3"` or `"p3"` for
-        8 = 2^3 (the field's names) and `"stride14"` where it is no power of 2.
+        :class:`featkd.matching.LayerMatch`. Levels are named by their stride, as in the field:
+        `"c3"` or `"p3"` for 8 = 2^3. Where it is no power of 2 the name is `"stride14"`.
 
     Raises:
         TypeError: a model is no module.

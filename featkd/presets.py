@@ -39,9 +39,9 @@ class Hyperparameters:
             product and the concatenation carry; the released code takes the dot product.
         residual, batch_norm, teacher_relation: see :class:`featkd.NonLocalLoss`.
         normalize: see :class:`featkd.FeatureDistillationLoss`.
-        standardize: every term compares standardised quantities and is 1 - correlation, so that a
-            weight means the same for every model, level and resolution; the temperature is then in
-            units of the attention maps' standard deviation (beyond the paper).
+        standardize: every term compares standardised quantities and is 1 - correlation (beyond the
+            paper). A weight then means the same for every model, level and resolution. The
+            temperature is in units of the attention maps' standard deviation.
 
     Raises:
         TypeError, ValueError: a field is not of its kind or not in its range.

@@ -1,8 +1,8 @@
 """Scenes for a detector, drawn from a seed: image `i` is a pure function of `(seed, i)`.
 
-Four shapes are the classes. Colour, texture, angle and size say nothing of the class; shapes are
-bright or dark on a textured background in between; strokes, soft blobs, striped patches and rings
-are clutter of no class; shapes overlap, but at least `MIN_VISIBLE` of each stays in sight.
+Four shapes are the classes. Colour, texture, angle and size say nothing of the class. Shapes are
+bright or dark on a textured background in between. Strokes, soft blobs, striped patches and rings
+are clutter of no class. Shapes overlap, but at least `MIN_VISIBLE` of each stays in sight.
 
 Boxes cover 34 % of the pixels of `DENSE` scenes, and 3.5 % of `SPARSE` ones.
 """

@@ -30,7 +30,7 @@ class Distiller(nn.Module):
     `output, losses = distiller(*student_args)` is the student's output, untouched, and the losses.
     The student and the loss (with its adapters) are children: wrap, compile and optimize the
     distiller. The teacher is no child: it is not in `parameters()`, `state_dict()`, `train()` or
-    `to()`; it runs under `no_grad`, in `eval` mode, at every step, on the device and in the dtype
+    `to()`. It runs under `no_grad` and in `eval` mode at every step, on the device and in the dtype
     where you put it. The first training step in eager mode logs the levels (`logging.INFO`) and
     what is wrong with the teacher's features (`logging.WARNING`) on the logger `featkd`.
 
@@ -39,25 +39,25 @@ class Distiller(nn.Module):
         teacher: another model.
         loss: :class:`featkd.FeatureDistillationLoss`, or any module that takes two mappings from
             level to features and returns a dictionary of losses.
-        layers: from level name to a path in both models or to a (student path, teacher path) pair;
-            see :class:`featkd.FeatureTap` for paths and :func:`featkd.match_layers` to find them.
-        shared_input: a submodule's path in both models, or a (student path, teacher path) pair: the
+        layers: from level name to a path in both models or to a (student path, teacher path) pair.
+            See :class:`featkd.FeatureTap` for paths and :func:`featkd.match_layers` to find them.
+        shared_input: a submodule's path in both models, or a (student path, teacher path) pair. The
             tensor that enters the student's is given to the teacher's, and nothing else of the
             teacher runs. Detectors that resize inside the model need this (`"backbone"` for
             torchvision's): of the same images the teacher would see other pixels.
         convert_input: a function from that tensor to the one that the teacher is given. `None`:
-            images go from the student's normalisation to the teacher's, padding like any pixel,
-            where both models state theirs (torchvision's and mmdet's detectors; read once, here).
+            images go from the student's normalisation to the teacher's, padding like any pixel.
+            Both models must state theirs, as torchvision's and mmdet's do; it is read once, here.
         student_forward: `student_forward(student, *args, **kwargs)` replaces the student's call.
         teacher_forward: the same of the teacher, whose arguments come on its device and, where
             floating-point, in its dtype.
         early_stop: leave the teacher's forward with the last capture, for teachers without such a
-            seam: what lies behind it does not run (not for a sharded or a compiled teacher), and
-            a second run of a tapped module there is not noticed.
+            seam. What lies behind it does not run, and a second run of a tapped module there is
+            not noticed. A sharded or a compiled teacher cannot be left.
         calls: from level to how often its module runs in one forward of either model, where that is
             not once. The loss's levels are then `level[0]`, `level[1]`, ...
         convert: from level to a function that makes a feature map `(B, C, H, W)` of what both taps
-            captured, or to a (student's, teacher's) pair of functions, `None` for what is one:
+            captured. Or to a (student's, teacher's) pair of functions, `None` for what is a map:
             `{"c4": (None, featkd.PatchTokens(14, prefix=5))}` for a vision transformer's tokens.
 
     Returns (forward):

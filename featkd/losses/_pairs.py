@@ -24,16 +24,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    # Without one width for all, a multiple of 8 (zeros add nothing), and a dense last dimension the
-    # kernels fall back on the matrix of pairs.
+    # The kernels want one width for all, a multiple of 8, and a dense last dimension. Else they
+    # make the matrix of pairs. Zeros add nothing.
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
     q, k, v = (
         F.pad(x, (0, width - x.shape[-1])).contiguous().unsqueeze(1) for x in (query, key, value)
     )
     with full_precision(query):
         result = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    # With few keys some kernels pass over a NaN, and where all logits of a query overflow to -inf
-    # they give 0; 0 * NaN or 0 * inf shows both to the queries that they concern.
+    # With few keys some kernels pass over a NaN. Where all logits of a query overflow to -inf they
+    # give 0. 0 * NaN or 0 * inf shows both to the queries that they concern.
     largest = query.detach().abs().amax(-1, keepdim=True)
     largest = largest * key.detach().abs().amax((1, 2), keepdim=True)
     return result.squeeze(1)[..., : value.shape[-1]] + 0 * (largest * (scale * query.shape[-1]))

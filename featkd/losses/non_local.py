@@ -38,15 +38,15 @@ def non_local_loss(
     Args:
         student_relation: `(B, D, *positions)`.
         teacher_relation: the same shape.
-        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+        reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
+            batch as well (the released code); `"mean_square"`, the mean of the images' squares
             (beyond the paper).
-        standardize: compare the standardised relations (beyond the paper): per image half the mean
-            squared difference, 1 - correlation, the mean over the channels, from 0 to 2.
+        standardize: compare the standardised relations (beyond the paper). Per image the result is
+            half the mean squared difference, 1 - correlation, from 0 to 2.
 
     Returns:
-        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the relations; float32 or
-        wider. 0 with gradient 0 where they are equal.
+        `(B,)` for `"none"`, else a scalar; float32 or wider. At least 0, in the unit of the
+        relations. 0 with gradient 0 where they are equal.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -94,8 +94,8 @@ class NonLocalLoss(LevelLoss):
 
     Args:
         student_channels: C_S.
-        teacher_channels: C_T. Where it equals C_S the student's relation starts as a copy of the
-            teacher's and the adapter as the identity, so that equal features start at loss 0.
+        teacher_channels: C_T. Where it equals C_S, equal features start at loss 0. The student's
+            relation is then a copy of the teacher's and the adapter the identity.
         kind, inter_channels, subsample, residual, batch_norm: as in :class:`NonLocalRelation`, for
             both sides.
         teacher_relation: `"fixed"` or `"trained"`, which `batch_norm` needs.

@@ -31,8 +31,8 @@ class NonLocalRelation(nn.Module):
         subsample: keys and values are max-pooled by this factor (a smaller map, to one key).
         residual: return W(r) + x with a 1x1 convolution W (the released code) in place of r alone.
         batch_norm: W ends with a batch normalisation whose weight and bias start at 0 (the released
-            code), so that the block starts as the identity; needs `residual`. While it trains, the
-            images of a batch share its statistics.
+            code). So the block, which needs `residual`, starts as the identity. While it trains,
+            the images of a batch share its statistics.
 
     Shape: `(B, C, H, W) -> (B, D, H, W)`, with `residual` `-> (B, C, H, W)`; float32 or wider.
 

@@ -39,9 +39,9 @@ class FeatureDistillationLoss(nn.Module):
             or a mapping from level name to value.
         resize: `None`: different H x W is an error; `"nearest"`, `"area"`, `"bilinear"` or
             `"bicubic"`: the student's features are resized to the teacher's H x W.
-        normalize: divide each term, per image and level, by its value for an all-zero student (the
-            teacher's own norm under the same masks), so that one set of weights carries over from
-            model to model (beyond the paper). `None` takes the hyperparameters' field.
+        normalize: divide each term, per image and level, by its value for an all-zero student
+            (beyond the paper). That is the teacher's own norm under the same masks. `None` takes
+            the hyperparameters' field.
 
     Shape: tensors, student `(B, C_S, H, W)` and teacher `(B, C_T, H, W)`, or mappings from level
     names to such tensors.

@@ -111,9 +111,9 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     .. math:: r_i = \frac{1}{N} \sum_j \mathrm{relu}(\theta_i + \phi_j) \, g_j
 
-    The logit of a pair, :math:`w \cdot [\theta(x_i), \phi(x_j)]`, is a sum of one number a side; in
-    the order of falling :math:`\phi` the keys that a query sees are the first few, so prefix sums
-    over the sorted keys hold the result.
+    The logit of a pair, :math:`w \cdot [\theta(x_i), \phi(x_j)]`, is a sum of one number a side.
+    In the order of falling :math:`\phi` the keys that a query sees are the first few. So prefix
+    sums over the sorted keys hold the result.
 
     Args:
         theta: the queries' logits, `(B, 1, *positions)`.

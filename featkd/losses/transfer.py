@@ -49,15 +49,15 @@ def attention_transfer_loss(
         spatial_adapter: applied to the student's spatial map, `(B, 1, H, W) -> (B, 1, H, W)`.
         channel_adapter: applied to the student's channel map, `(B, C_S) -> (B, C_T)`.
         absolute: attention of \|A\| (the paper) or of A (the authors' released code).
-        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+        reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
+            batch as well (the released code); `"mean_square"`, the mean of the images' squares
             (beyond the paper).
-        standardize: compare the standardised maps (beyond the paper): per image the sum of two
-            halves of a mean squared difference, each 1 - correlation, from 0 to 2.
+        standardize: compare the standardised maps (beyond the paper). Per image the result is the
+            sum of two halves of a mean squared difference, each 1 - correlation, from 0 to 2.
 
     Returns:
-        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
-        wider. 0 with gradient 0 where the maps are equal.
+        `(B,)` for `"none"`, else a scalar; float32 or wider. At least 0, in the unit of the
+        features. 0 with gradient 0 where the maps are equal.
 
     Raises:
         TypeError: features are no floating-point tensors, or an adapter is not callable.

@@ -15,8 +15,8 @@ from .tap import FeatureTap
 def stopped_after_last_capture(tap: FeatureTap) -> Iterator[None]:
     """Ends a call of the tap's model with the last capture; torch's modes are then as before.
 
-    The exception leaves every `with` of the model by itself; what a model sets by function call, to
-    set it back further down, is put back here.
+    The exception leaves every `with` of the model by itself. A model may also set a mode by
+    function call, to set it back further down: that is put back here.
     """
     store = tap._store
     devices = {"cpu"} | {value.device.type for value in tap.model.parameters()} - {"meta"}

@@ -87,9 +87,9 @@ class PatchTokens:
     Given as the `convert` of a tap or a distiller, it takes them from the image that enters the
     model: `convert={"c4": (None, PatchTokens(14, prefix=5))}`. Where a part around the tapped
     module gets the image resized, it takes them from that. For an image of `h` x `w` and patches of
-    `p` x `q` the map is that of :func:`from_tokens` with `H = h/p` and `W = w/q`. Where these are
-    no whole numbers, the count of tokens tells whether the model cuts the image (DINOv2: both are
-    rounded down) or pads it (timm's `dynamic_img_pad`: both are rounded up).
+    `p` x `q` the map is that of :func:`from_tokens` with `H = h/p` and `W = w/q`. These may be
+    no whole numbers. The count of tokens then tells whether the model cuts the image (DINOv2, both
+    are rounded down) or pads it (timm's `dynamic_img_pad`, both are rounded up).
 
     Args:
         patch_size: height and width of a patch, or a pair `(height, width)`; where patches overlap,

@@ -51,7 +51,7 @@ class FeatureTap:
         calls: how often each alias's module runs in one forward where that is not once; its
             captures are named `alias[0]`, `alias[1]`, ...
         convert: for some aliases, a function that makes a feature map `(B, C, H, W)` of the capture
-            at :meth:`pop`: :func:`featkd.from_channels_last`, or for tokens
+            at :meth:`pop`. That is :func:`featkd.from_channels_last`, or for tokens
             :class:`featkd.PatchTokens`, which takes the image's size from the model's call.
 
     Raises:
@@ -154,9 +154,9 @@ class FeatureTap:
         """The features of the last forward by alias; the tap lets go of them.
 
         Raises:
-            RuntimeError: a module did not run as often as expected since the last pop, was replaced
-                or wrapped, a capture carries no gradient though the model's call recorded them,
-                or, with `clone=False`, was changed in place.
+            RuntimeError: a module did not run as often as expected since the last pop, or was
+                replaced or wrapped. A capture carries no gradient though the model's call recorded
+                them, or was changed in place with `clone=False`.
         """
         captured, grad_enabled = self._store.captured, self._store.grad_enabled
         sizes = {

@@ -58,8 +58,10 @@ def size_of(loss: Loss, student: Tensor, teacher: Tensor) -> float:
 
 
 def rounding(value: Tensor, size: float) -> float:
-    """What a loss that ought to be 0 may be off by: a few last digits of `size`, or of numbers near
-    1 on the way to it, such as a softmax's."""
+    """What a loss that ought to be 0 may be off by: a few last digits of `size`.
+
+    Or of numbers near 1 on the way to it, such as a softmax's.
+    """
     return 8 * float(torch.finfo(value.dtype).eps) * max(1.0, size)
 
 

@@ -40,7 +40,7 @@ def assert_finite_gradient_at_equality(loss: Loss, student: Tensor, teacher: Ten
 def assert_gradient_reaches_student_only(loss: Loss, student: Tensor, teacher: Tensor) -> None:
     r"""Gradients flow to the student and none to the teacher, :math:`\partial L / \partial T = 0`.
 
-    For losses that promise it, as featkd's modules do and its functions do not: the teacher's
+    For losses that promise it, as featkd's modules do and its functions do not. The teacher's
     features count as constants even where they require a gradient.
 
     Raises:

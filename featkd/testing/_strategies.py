@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 _CODES = st.integers(0, 2**32 - 1)
 
-# Powers of 2, so that scaling rounds nothing; their squares stay in the range of the dtype, but for
-# float16, where a loss that squares in half precision must be seen to overflow.
+# Powers of 2, so that scaling rounds nothing. Their squares stay in the range of the dtype. Not so
+# in float16, where a loss that squares in half precision must be seen to overflow.
 _EXTREME = {
     torch.float64: 2.0**100,
     torch.float32: 2.0**30,
@@ -66,8 +66,8 @@ def feature_maps(
 ) -> SearchStrategy[Tensor]:
     """Feature maps `(B, C, H, W)`, H != W unless both are one fixed number.
 
-    The values are normal, or a short list of integers between -3 and 3 repeated over the map (zeros
-    and ties among them), times a magnitude. They shrink to zeros, then to small integers.
+    The values are normal, or a short list of integers between -3 and 3 repeated over the map, times
+    a magnitude. There are zeros and ties among these. They shrink to zeros, then to small integers.
 
     Args:
         batch, channels, height, width: a number, or the least and the largest, at least 1.
