@@ -28,20 +28,22 @@ def write(file: Path) -> None:
         unfinished = f" {left} of its runs are not there yet." if left else ""
         parts.append(f"## {name}\n\n`python -m benchmarks.study run {name}`{unfinished}")
         parts.append(report(found))
-        if name in ("sensitivity", "choices", "teacher_relation"):
+        if name in ("sensitivity", "choices", "teacher_relation", "scale_free"):
             parts.append(against_first(found))
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
-        if name == "main":
-            rivals = contestants(found, best(lines_of(tap_runs(lines), lines)))
+        if name in ("main", "sparse"):
+            tuned = best(lines_of(tap_runs(lines), lines)) if name == "main" else {}
+            rivals = contestants(found, tuned)
+            plot = file.with_name("gains.png" if name == "main" else "gains_sparse.png")
             parts += [
                 "AP points over the plain student, same seeds:",
                 gains_table(*rivals),
                 "AP points of featkd less those of the others, same seeds:",
                 comparison(*rivals),
             ]
-            gains_plot(*rivals, file.with_name("gains.png"))
-            parts.append("![paired gains](gains.png)")
+            gains_plot(*rivals, plot)
+            parts.append(f"![paired gains]({plot.name})")
         if name == "teachers":
             teachers_plot(found, file.with_name("teachers.png"))
             parts.append("![student over teacher](teachers.png)")
