@@ -1,4 +1,4 @@
-"""One thread, a fixed seed, exact small numbers, a fresh compiler for every test; reproducible examples in CI."""
+"""For every test one thread, a fixed seed, exact small numbers and a fresh compiler."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def pytest_configure(config):
 def reproducible():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # A library that torch 2.4 compiled with -ffast-math leaves small numbers flushed to 0 in this thread.
+    # What torch 2.4 compiled with -ffast-math leaves small numbers flushed to 0 in this thread.
     torch.set_flush_denormal(False)
 
 
