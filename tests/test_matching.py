@@ -899,7 +899,8 @@ def test_a_part_that_works_on_what_is_no_map_is_passed_over():
             self.conv = convolution(3, 8, 2)
 
         def forward(self, x):
-            return self.conv(x) + self.prompt(x.new_zeros(4))[:, None, None]
+            prompt = self.prompt(x.new_zeros(4))
+            return self.conv(x) + prompt[:, None, None]
 
     assert levels_of(Prompted()) == {"c1": "conv"}
 

@@ -1185,6 +1185,15 @@ def test_a_part_called_without_gradients_after_the_whole_with_raises_no_alarm():
         assert not tap.pop()["c1"].requires_grad
 
 
+def test_a_part_beside_the_tapped_one_called_with_gradients_raises_no_alarm():
+    model = Net()
+    with FeatureTap(model, LEVELS) as tap:
+        with torch.no_grad():
+            features = model.backbone(images())
+        assert model.head(features).requires_grad
+        assert not tap.pop()["c1"].requires_grad
+
+
 # --- the model stays as it is, and so do its copies -----------------------------------------------
 
 
