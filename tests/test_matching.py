@@ -218,6 +218,8 @@ def test_a_block_of_one_step_is_the_stage_and_not_the_step():
     """A stem that shrinks its map by more than 2 is looked into."""
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), nn.Conv2d(8, 8, 2, 2))
     assert match_layers(model, model, PIXELS).layers == {"c2": ("0", "0"), "c3": ("1", "1")}
+    by_3 = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.AdaptiveAvgPool2d((32, 32))))
+    assert levels_of(by_3, torch.zeros(1, 3, 96, 96)) == {"c1": "0.0", "stride3": "0.1"}
 
 
 def convolutions(*strides):
@@ -469,6 +471,12 @@ class Mixture(nn.Module):
         }
 
 
+def test_a_map_of_one_row_has_the_stride_of_its_width():
+    call = Call("", 0, put_out=[FeatureMap((2, 5, 1, 6), (), 1)])
+    read_maps([call], (2, 3, 8, 96))
+    assert len(call.put_out) == 1
+
+
 def test_the_calls_of_a_forward():
     ended = []
     x, y = torch.ones(2, 1, 4, 6), torch.ones(2, 5, 4, 6)
@@ -477,7 +485,7 @@ def test_the_calls_of_a_forward():
     assert list(root.within()) == [root, outer, part]
     assert [call.path for call in ended] == ["part", ""]
     assert [(call.began, call.ended) for call in ended] == [(1, 2), (0, 2)]
-    assert root.ended == 2
+    assert (root.path, root.began, root.ended) == ("", -1, 2)
     assert root.leaves == outer.leaves == part.leaves == 1
     image, other = outer.taken_in
     assert (image.shape, other.shape) == (tuple(x.shape), tuple(y.shape))
@@ -621,6 +629,30 @@ def test_an_fpn_behind_the_backbone_may_have_levels_of_several_widths():
     assert match.student_channels == {"p2": 8, "p3": 12}
 
 
+def test_the_levels_of_two_lists_are_no_pyramid():
+    class InTwo(FPN):
+        def forward(self, maps):
+            fine, coarse = super().forward(maps)
+            return [fine], [coarse]
+
+    class Ends(nn.Module):
+        def forward(self, lists):
+            return torch.cat([x.flatten(1) for (x,) in lists], 1)
+
+    model = nn.Sequential(Stages(8, 8, 8), InTwo((8, 8), 8), Ends())
+    assert list(levels_of(model)) == ["c1", "c2", "c3"]
+
+
+def test_of_two_levels_at_one_stride_and_width_the_higher_is_taken():
+    class Cropped(FPN):
+        def forward(self, maps):
+            fine, coarse = super().forward(maps)
+            return fine, coarse, coarse[:, :, :-1]
+
+    model = nn.Sequential(Stages(8, 8, 8), Cropped((8, 8), 8), Ends())
+    assert levels_of(model, torch.zeros(1, 3, 61, 96)) == {"p2": "1[0]", "p3": "1[1]"}
+
+
 def test_two_levels_at_one_stride_are_the_larger_then_the_last():
     match = match_layers(*(Detector(8, extra=(1,)) for _ in range(2)), PIXELS)
     assert match.layers == {"p2": ("neck[0]",) * 2, "p3": ("neck[2]",) * 2}
@@ -749,6 +781,16 @@ class Detect(nn.Module):
         return torch.cat(found, 2), {"feats": maps}
 
 
+@pytest.mark.parametrize(
+    ("neck", "head", "path"),
+    [(FPN((8, 8), 8), Head(8, 2), "0[{}]"), (TwoWidths(), Detect(8), "0.1[{}]")],
+    ids=["one", "two"],
+)
+def test_a_module_of_backbone_and_neck_puts_out_a_pyramid_of_one_width(neck, head, path):
+    model = nn.Sequential(nn.Sequential(Stages(8, 8, 8), neck), head)
+    assert levels_of(model) == {"p2": path.format(0), "p3": path.format(1)}
+
+
 def test_what_enters_a_head_together_is_proposed_where_no_module_puts_a_pyramid_out():
     match = match_layers(Unbundled(), Unbundled(), PIXELS)
     assert match.layers == {"p2": ("fine",) * 2, "p3": ("coarse",) * 2}
@@ -839,6 +881,49 @@ class OfImages(nn.Module):
 def test_a_model_of_a_list_of_images_is_no_block_on_tokens():
     match = match_layers(OfImages(), OfImages(), list(PIXELS))
     assert match.layers == {"c1": ("body.0",) * 2, "c2": ("body.1",) * 2}
+
+
+def test_a_part_of_a_list_of_images_shrinks_them_as_if_it_took_in_their_batch():
+    class Batched(OfImages):
+        def forward(self, images):
+            return self.body(torch.stack(images))
+
+    assert levels_of(nn.Sequential(Batched()), list(PIXELS)) == {"c1": "0.body.0", "c2": "0.body.1"}
+
+
+def test_a_part_that_works_on_what_is_no_map_is_passed_over():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prompt = nn.Sequential(nn.Linear(4, 8))
+            self.conv = convolution(3, 8, 2)
+
+        def forward(self, x):
+            prompt = self.prompt(x.new_zeros(4))
+            return self.conv(x) + prompt[:, None, None]
+
+    assert levels_of(Prompted()) == {"c1": "conv"}
+
+
+def test_a_part_of_tokens_and_a_map_is_looked_into():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = convolution(8, 8, 2)
+
+        def forward(self, tokens, features):
+            return self.down(features).flatten(2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.both = convolution(3, 8, 2), Both()
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.both(x.flatten(2), x)
+
+    assert levels_of(Model()) == {"c1": "first", "c2": "both.down"}
 
 
 class Tokens(nn.Module):
@@ -1133,11 +1218,33 @@ def test_pooling_inside_a_block_ends_no_backbone():
     assert levels_of(model) == {"c1": "0", "c2": "1"}
 
 
-def test_the_backbone_ends_where_the_stride_falls():
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_backbone_ends_where_the_stride_falls(nested):
+    start, end = [convolution(3, 8, 2), nn.Upsample(scale_factor=2)], [convolution(8, 8, 2)]
+    model = nn.Sequential(*([nn.Sequential(*start)] if nested else start), *end, nn.Flatten())
+    assert levels_of(model) == {"c1": "0.0" if nested else "0"}
+
+
+def test_the_backbone_ends_where_two_maps_come_out():
+    class TakesTheLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.extra = Stages(8, 8, 8), convolution(8, 8, 2)
+
+        def forward(self, x):
+            return self.extra(self.backbone(x)[-1])
+
+    assert list(levels_of(TakesTheLast())) == ["c1", "c2", "c3"]
+
+
+def test_tokens_of_a_map_that_is_not_smaller_than_the_image_come_of_no_head():
     model = nn.Sequential(
-        convolution(3, 8, 2), nn.Upsample(scale_factor=2), convolution(8, 8, 2), nn.Flatten()
+        convolution(3, 8),
+        nn.Sequential(convolution(8, 8), nn.Flatten(2)),
+        nn.Unflatten(2, PIXELS.shape[2:]),
+        convolution(8, 8, 2),
     )
-    assert levels_of(model) == {"c1": "0"}
+    assert levels_of(model) == {"c1": "3"}
 
 
 def test_a_model_that_enlarges_its_image_first_has_its_stages():

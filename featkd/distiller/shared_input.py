@@ -26,12 +26,10 @@ class SharedInput:
         layers: Mapping[str, tuple[str, str]],
         convert: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        ours, self.part = (
-            resolve(model, path, NAME)[0]
-            for model, path in zip((student, teacher), paths, strict=True)
-        )
-        for path, part in zip(paths, (ours, self.part), strict=True):
-            _require_one_input(path, part)
+        ours = resolve(student, paths[0], NAME)[0]
+        self.part = resolve(teacher, paths[1], NAME)[0]
+        _require_one_input(paths[0], ours)
+        _require_one_input(paths[1], self.part)
         within = set(self.part.modules())
         for level, (_, path) in layers.items():
             name = f"layers[{level!r}]"

@@ -117,7 +117,7 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
         return NO_DETECTOR_LOSS
     ratio = distillation.gradient_ratio
     if ratio is None:
-        return "The detector's loss has no gradient where the distillation's is: none to compare."
+        return "the detector's loss has no gradient where the distillation's is: none to compare."
     text = f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
     if 0 < ratio < math.inf and not 0.5 <= ratio <= 4:
         text += f" Multiply the weights by {1 / ratio:.2g}."

@@ -45,10 +45,11 @@ class Store:
         """
         hooks = self.image_hooks.get(alias, [])
         seen = [image for hook in hooks for image in hook.seen if image[0] <= index]
-        latest = max([captures for captures, *_ in seen], default=0)
+        if not seen:
+            return None
+        latest = max([captures for captures, *_ in seen])
         sizes = [(image[1], image[2:]) for image in seen if image[0] == latest]
-        alike = [size for channels, size in sizes if channels == sizes[0][0]]
-        return alike[-1] if alike else None
+        return [size for channels, size in sizes if channels == sizes[0][0]][-1]
 
     def leave_if_complete(self) -> None:
         wanted = self.wanted or {}
@@ -100,7 +101,7 @@ class _Hook:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "`model` must not run as replicas of nn.DataParallel, which share one tap between "
-                f"threads, got one at {self.path!r}: use DistributedDataParallel."
+                f"threads, got one of a {type(module).__name__}: use DistributedDataParallel."
             )
         if not torch.compiler.is_compiling() and store.thread not in (None, threading.get_ident()):
             return None

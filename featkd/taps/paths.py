@@ -216,9 +216,7 @@ def require_layers(layers: Layers) -> dict[str, str]:
     if isinstance(layers, str) or not isinstance(layers, Sequence | Mapping):
         found = type(layers).__name__
         raise TypeError(f"`layers` must be a list of paths or a mapping to paths, got {found}.")
-    pairs = list(
-        layers.items() if isinstance(layers, Mapping) else zip(layers, layers, strict=True)
-    )
+    pairs = list(layers.items()) if isinstance(layers, Mapping) else [(p, p) for p in layers]
     for alias, path in pairs:
         if not isinstance(alias, str) or not isinstance(path, str):
             raise TypeError(f"`layers` must hold strings, got {alias!r}: {path!r}.")

@@ -64,9 +64,7 @@ class Forward:
                 strides = [self.stride(item) for item in group]
                 if strides != sorted(strides) or strides[-1] != deepest:
                     continue
-                items = {
-                    stride: Spot(call, item) for stride, item in zip(strides, group, strict=True)
-                }
+                items = {self.stride(item): Spot(call, item) for item in group}
                 for stride, spot in items.items():
                     if stride > 1 and (
                         stride not in found or self.is_patch_projection(found[stride])
@@ -158,10 +156,8 @@ class Forward:
         """
         stages = {step.put_out[0].serial for step in steps}
         last = max((step.ended for step in steps), default=0)
-        enters: dict[int, int] = {}
-        for call in self.ended:
-            for item in call.taken_in:
-                enters[item.serial] = max(enters.get(item.serial, 0), call.began)
+        # The last that each map enters.
+        enters = {item.serial: call.began for call in self.root.within() for item in call.taken_in}
         pyramids = [
             call
             for call in self.ended
@@ -169,7 +165,7 @@ class Forward:
             and self.can_be_tapped(call)
             and (call.began >= last or len({item.shape[1] for item in call.put_out}) == 1)
             and stages.isdisjoint(item.serial for item in call.put_out)
-            and all(enters.get(item.serial, -1) >= call.ended for item in call.put_out)
+            and all(enters.get(item.serial, 0) >= call.ended for item in call.put_out)
         ]
         if not pyramids:
             return self._enters_a_head(last)

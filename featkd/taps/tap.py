@@ -111,7 +111,7 @@ class FeatureTap:
             if isinstance(self.convert.get(alias), PatchTokens):
                 for around in model.modules():
                     if module in around.modules():
-                        image = ImageHook(self._store, alias, path)
+                        image = ImageHook(self._store, alias)
                         self._store.image_hooks.setdefault(alias, []).append(image)
                         handles.append(around.register_forward_pre_hook(image, with_kwargs=True))
             if takes_input:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -66,15 +67,13 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.given = 0
+        self.numbers = itertools.count()
 
     def of(self, tensor: Tensor) -> int:
-        ref, number = self.known.get(id(tensor), (None, 0))
-        if ref is None or ref() is not tensor:
-            self.given += 1
-            number = self.given
-            self.known[id(tensor)] = weakref.ref(tensor), number
-        return number
+        known = self.known.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            known = self.known[id(tensor)] = weakref.ref(tensor), next(self.numbers)
+        return known[1]
 
 
 def trace(

@@ -1007,6 +1007,12 @@ def test_a_part_that_takes_two_arguments_is_an_error_with_the_nearest_of_one(mod
     raises(ValueError, lambda: build(model, teacher, layers={"c": path}, shared_input=path), said)
 
 
+def test_a_part_of_the_student_that_takes_two_arguments_is_named_by_its_own_path():
+    layers, paths = {"c": ("backbone.stages", "backbone")}, ("backbone", "backbone.c1")
+    said = "takes one tensor, got 'backbone', which"
+    raises(ValueError, lambda: build(OfTwo(4), Net(6), layers=layers, shared_input=paths), said)
+
+
 class Options(nn.Module):
     def __init__(self, stages):
         super().__init__()

@@ -163,6 +163,9 @@ TEXTS = {
     "`g` must have the batch and positions of `phi` (2, 3, 4, 5), got (2, 3, 8, 8).": (
         lambda: f.dot_product_relation(MAP, MAP, LARGE)
     ),
+    "`scale` must be finite, got nan.": (
+        lambda: f.embedded_gaussian_relation(MAP, MAP, MAP, scale=float("nan"))
+    ),
     "`student_relation` must have the shape of `teacher_relation` (2, 7, 4, 5), "
     "got (2, 3, 4, 5).": lambda: f.non_local_loss(MAP, OTHER_CHANNELS),
     # layouts

@@ -29,6 +29,15 @@ def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(ke
     close(Conv2d(3, 3, kernel_size)(features), features, 0.0)
 
 
+def test_an_adapter_between_widths_starts_as_torch_s_own():
+    for ours, torchs, sizes in ((Conv2d, nn.Conv2d, (3, 5, 1)), (Linear, nn.Linear, (3, 5))):
+        weights = []
+        for layer in (ours, torchs):
+            torch.manual_seed(0)
+            weights.append(layer(*sizes).weight)
+        close(*weights, 0.0)
+
+
 def test_features_wider_than_the_parameters_are_not_rounded():
     features = normal(2, 3, 6, 7)
     close(Conv2d(3, 3, 1).half()(features), features, 0.0)
@@ -36,7 +45,7 @@ def test_features_wider_than_the_parameters_are_not_rounded():
 
 
 def test_a_batch_normalisation_is_torch_s_own_but_for_its_start():
-    layer, plain = BatchNorm2d(4).double(), nn.BatchNorm2d(4).double()
+    layer, plain = (each(4, eps=0.1).double() for each in (BatchNorm2d, nn.BatchNorm2d))
     assert not layer.weight.any()
     assert not layer.bias.any()
     randomize(layer)
@@ -58,6 +67,16 @@ def test_a_batch_normalisation_is_torch_s_own_but_for_its_start():
             close(layer.state_dict()[name], value, 0.0)
     layer.reset_parameters()
     assert not layer.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_batch_normalisation_of_narrow_features_is_as_wide_as_its_parameters(dtype):
+    layer, features = BatchNorm2d(4).to(dtype), normal(2, 4, 3, 5).bfloat16()
+    randomize(layer)
+    for training in (True, False):
+        value = layer.train(training)(features)
+        assert value.dtype == dtype
+        close(value, copy.deepcopy(layer)(features.to(dtype)), 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -84,6 +103,7 @@ def test_a_single_value_a_channel_is_its_own_mean():
     value = layer(features)
     close(value, layer.bias[None, :, None, None], 0.0)
     close(gradients(value, [features])[0], torch.zeros_like(features), 0.0)
+    assert (BatchNorm2d(4).double()(features) == 0).all()
     assert layer(features * math.nan).isnan().all()
     for name, kept in layer.state_dict().items():
         close(kept, before[name], 0.0)

@@ -28,6 +28,21 @@ def test_blocks_of_channels_are_of_2_mib(shape, widths):
     assert len(_blocks.channel_blocks(features)) == 1  # where a graph is recorded
 
 
+def test_in_blocks_each_is_worked_on_once_and_in_place():
+    features, worked_on = torch.ones(1, 5, 512, 512), []
+
+    def factor(block):
+        worked_on.append(block.start)
+        return (features[:, block] * 2,)
+
+    with torch.no_grad():
+        (doubled,) = _blocks.map_blocks(features, factor)
+        assert _blocks.scaled(doubled, torch.tensor(2.0)) is doubled
+        assert _blocks.less(doubled, torch.tensor(3.0)) is doubled
+    assert worked_on == [0, 2, 4]
+    assert (doubled == 1).all()
+
+
 @pytest.fixture
 def blocks_of_one(monkeypatch):
     """The smallest blocks: each channel on its own."""

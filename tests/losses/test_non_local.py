@@ -7,6 +7,7 @@ import torch
 
 from featkd import NonLocalLoss, functional
 from tests.helpers.marks import each_kind
+from tests.helpers.models import raises
 from tests.helpers.tensors import close, normal, tensor, trained
 
 
@@ -74,6 +75,12 @@ def test_a_fixed_teacher_relation_does_not_collapse(kind, optimizer, options):
     train(loss, student, teacher, optimizer=optimizer, **options)
     close(loss.teacher_relation(teacher), before, 0.0)
     assert loss(student, teacher) > 0.1 * before.flatten(1).norm(dim=1).mean()
+
+
+def test_a_fixed_teacher_relation_has_no_batch_normalisation_to_train():
+    options = {"kind": "dot_product", "residual": True, "batch_norm": True}
+    raises(ValueError, lambda: NonLocalLoss(4, 4, **options), "`teacher_relation` 'fixed'")
+    NonLocalLoss(4, 4, teacher_relation="trained", **options)
 
 
 def test_parameters_of_a_fixed_teacher_relation_need_no_gradient():

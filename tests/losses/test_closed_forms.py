@@ -1,0 +1,56 @@
+"""The closed forms' own backward: what it works out, and what not."""
+
+import pytest
+import torch
+
+from featkd.losses import _closed_forms
+from tests.helpers.tensors import close, leaves, normal
+
+DISTANCES = [_closed_forms.weighted_distance, _closed_forms.correlation_distance]
+each_distance = pytest.mark.parametrize("distance", DISTANCES)
+
+
+def test_parts_are_added_to_one_sum_for_each_binary_digit_1_of_their_number():
+    sums = []
+    for index in range(20):
+        _closed_forms._add_pairwise(sums, torch.ones(1), index)
+        assert len(sums) == (index + 1).bit_count()
+        assert sum(sums) == index + 1
+
+
+@each_distance
+@pytest.mark.parametrize("side", [0, 1])
+def test_no_gradient_is_worked_out_for_a_side_that_needs_none(distance, side, monkeypatch):
+    pair, products, product = (
+        [normal(2, 3, 4, 5, seed=s) for s in (0, 1)],
+        [],
+        _closed_forms.product,
+    )
+
+    def counted(features, factors):
+        products.append(features)
+        return product(features, factors)
+
+    monkeypatch.setattr(_closed_forms, "product", counted)
+    pair[side].requires_grad_()
+    distance(*pair).sum().backward()
+    (features,) = products
+    close(features, pair[side], 0.0)
+
+
+@each_distance
+def test_a_channel_mask_alone_has_its_gradient(distance):
+    a, b, mask = leaves([*(normal(2, 3, 4, 5, seed=s) for s in (0, 1)), normal(2, 3).exp()])
+    assert torch.autograd.gradcheck(lambda *x: distance(x[0], x[1], None, x[2]), (a, b, mask))
+
+
+@each_distance
+def test_a_graph_of_the_gradient_rounds_narrow_features_no_more_than_none(distance):
+    """Far from 0, where a mean in bfloat16 would be off by 1/16."""
+    pair = [(10 + normal(2, 3, 4, 5, seed=s)).bfloat16().requires_grad_() for s in (0, 1)]
+    loss = distance(*pair).sum()
+    plain = torch.autograd.grad(loss, pair, retain_graph=True)
+    with_graph = torch.autograd.grad(loss, pair, create_graph=True)
+    for expected, found in zip(plain, with_graph, strict=True):
+        size = expected.float().abs().max()
+        close(found.float() / size, expected.float() / size, 1e-2)
