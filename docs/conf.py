@@ -1,4 +1,4 @@
-"""The guide, and the API from the docstrings: `sphinx-build -W -n docs docs/build` (formulas are MathML)."""
+"""Guide, and API from the docstrings: `sphinx-build -W -n docs docs/build`. Formulas are MathML."""
 
 import re
 
@@ -40,11 +40,12 @@ def block_math(html: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def link_repository_files(app: Sphinx, page: str, source: list[str]) -> None:
-    """A link to Markdown outside the guide is one to a file, not to a page."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)[^)]*\)", r"](path:\1)", source[0])
+def read_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """A link to Markdown outside the guide is one to a file; no line ends inside `1.0 ± 0.1`."""
+    text = re.sub(r"\]\((\.\./[^)#]*\.md)[^)]*\)", r"](path:\1)", source[0])
+    source[0] = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", link_repository_files)
+    app.connect("source-read", read_page)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
