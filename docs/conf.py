@@ -1,4 +1,6 @@
-"""API reference from the docstrings: `sphinx-build -W -n docs docs/build` (formulas are MathML)."""
+"""Guide, and API from the docstrings: `sphinx-build -W -n docs docs/build`. Formulas are MathML."""
+
+import re
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -16,6 +18,7 @@ html_title = f"featkd {version}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_math_renderer = "mathml"
 exclude_patterns = ["build"]
+myst_heading_anchors = 3
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|hypothesis)\..*")]
 
 autodoc_member_order = "bysource"
@@ -37,5 +40,12 @@ def block_math(html: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def read_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """A link to Markdown outside the guide is one to a file; no line ends inside `1.0 ± 0.1`."""
+    text = re.sub(r"\]\((\.\./[^)#]*\.md)[^)]*\)", r"](path:\1)", source[0])
+    source[0] = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", read_page)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
