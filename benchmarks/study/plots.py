@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.study.cells import OURS, PLAIN, cells, facts, interval, rows, varying
+from benchmarks.study.cells import OURS, PLAIN, Interval, cells, facts, interval, rows, varying
 from benchmarks.study.runs import Line
 from benchmarks.study.tables import differences
 
@@ -77,6 +77,32 @@ def gains_plot(
     axes.set_xticks(range(len(places)), places)
     axes.set_ylabel("gain over the plain student, AP points")
     figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+READABLE = {
+    "fitnets": "FitNets",
+    "at": "attention transfer",
+    "fgfi": "fine-grained imitation",
+    "overhaul": "feature overhaul",
+    "cwd": "CWD",
+    "pkd": "PKD",
+}
+
+
+def overview_plot(panels: Mapping[str, Mapping[str, Interval]], file: Path) -> None:
+    """By panel the gains of a method over the plain student, one bar a method, the best on top."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, gains) in zip(grid, panels.items(), strict=True):
+        ordered = sorted(gains.items(), key=lambda item: item[1].mean)
+        names = [READABLE.get(name, name) for name, _ in ordered]
+        means, halves = [each.mean for _, each in ordered], [each.half for _, each in ordered]
+        colours = ["C0" if name.startswith(OURS) else "silver" for name in names]
+        axes.barh(names, means, xerr=halves, color=colours, capsize=3)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("gain in AP points")
     figure.savefig(file, dpi=120)
 
 

@@ -65,7 +65,8 @@ def contestants(
     detectors = {line["detector"] for line in ours}
     for everywhere in cells(ours, CELL[1:]):
         if {line["detector"] for line in everywhere} == detectors:
-            settings[f"{OURS}, {setting(facts(everywhere[0]), names)}"] = everywhere
+            name = ", ".join(filter(None, (OURS, setting(facts(everywhere[0]), names))))
+            settings[name] = everywhere
     others: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         if line["method"] not in (OURS, "teacher"):
