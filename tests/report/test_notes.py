@@ -1,0 +1,276 @@
+"""What a report notes, and what is logged at the first use."""
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from featkd import Distiller
+from featkd.report.magnitudes import magnitudes
+from tests.helpers.models import LEVELS, Net, distillation_loss, images, raises
+from tests.helpers.reported import MASKED, Ratio, Student, Summed, Term, make
+
+# --- notes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_parameters_that_no_optimizer_holds_are_noted(kind):
+    distiller = make()
+    make_optimizer = getattr(torch.optim, kind)
+    for part in ("student", "loss"):
+        optimizer = make_optimizer(
+            getattr(distiller, "loss" if part == "student" else "student").parameters(), 0.1
+        )
+        (note,) = [n for n in distiller.report(images(), optimizer=optimizer).notes if "optim" in n]
+        assert re.match(rf"[\d,]+ parameters in \d+ tensors \(such as '{part}\.", note)
+        said = "of the optimizer, and are not trained: give it `distiller.parameters()`."
+        assert note.endswith(said)
+    optimizer = make_optimizer(distiller.parameters(), 0.1)
+    assert len(distiller.report(images(), optimizer=optimizer).notes) == 1
+
+
+def test_the_note_counts_what_is_left_out():
+    distiller = make()
+    held, *left_out = [value for value in distiller.loss.parameters() if value.requires_grad]
+    count = sum(value.numel() for value in left_out)
+    groups = [{"params": distiller.student.parameters()}, {"params": [held]}]
+    notes = distiller.report(images(), optimizer=torch.optim.SGD(groups, 0.1)).notes
+    assert notes[1].startswith(f"{count:,} parameters in {len(left_out)} tensors")
+
+
+RATIOS = [
+    (0.0044, "is 0.0044 times", " Multiply the weights by 2.3e+02."),
+    (0.49, "is 0.49 times", " Multiply the weights by 2."),
+    (0.5, "is 0.5 times", ""),
+    (4.0, "is 4 times", ""),
+    (4.1, "is 4.1 times", " Multiply the weights by 0.24."),
+]
+
+
+@pytest.mark.parametrize(("ratio", "said", "advice"), RATIOS)
+def test_the_weights_are_judged_by_the_gradient_and_not_by_the_size_of_the_loss(
+    ratio, said, advice
+):
+    distiller = Distiller(Summed(4), Net(6), Ratio(ratio, 1e6), {"c1": "backbone.c1"})
+    report = distiller.report(images())
+    assert report.distillation.gradient_ratio == pytest.approx(ratio)
+    (note,) = report.notes
+    assert said in note
+    assert "Aim at about 1: 2 to 4 at the start of training, 1 to 2 at its end." in note
+    assert note.endswith(advice or "at its end.")
+
+
+def weights_times(factor):
+    def change(teacher, student):
+        for value in teacher.backbone.parameters():
+            value.mul_(factor)
+
+    return change
+
+
+def constant(teacher, student):
+    for level in teacher.backbone:
+        level.conv.weight.zero_()
+        level.norm.bias.fill_(0.5)
+
+
+def tiny(teacher, student):
+    for level in teacher.backbone:
+        level.norm.weight.mul_(1e-9)
+    teacher.backbone.c2.conv.weight.mul_(1e9)
+
+
+STATES = {
+    "zero": (weights_times(0.0), "are zero: "),
+    "not finite": (weights_times(math.nan), "are not finite: "),
+    "infinite": (weights_times(math.inf), "are not finite: "),
+    "constant": (constant, "are the same at every position: "),
+    "huge": (
+        weights_times(1e9),
+        "have an absurd size (root mean square outside 1e-06 to 1000): its weights were not "
+        "loaded, or its batch normalisations never saw data.",
+    ),
+    "tiny": (tiny, "have an absurd size "),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), STATES.values(), ids=STATES)
+def test_a_teacher_that_cannot_teach_is_noted_and_logged_once(change, said, caplog):
+    distiller = make(Student(), MASKED)
+    with torch.no_grad():
+        change(distiller.teacher, distiller.student)
+    report = distiller.report(images())
+    assert not caplog.records
+    (note,) = [note for note in report.notes if "teacher's features" in note]
+    assert note.startswith(f"The teacher's features at c1, c2 {said}")
+    assert f"\n\n{note}" in str(report)
+    for _ in range(2):
+        distiller(images())
+    logged = [text for text in messages(caplog, logging.WARNING) if "teacher's" in text]
+    assert logged == ["t" + note[1:]]
+
+
+def test_a_teacher_that_equals_the_student_is_noted():
+    student, teacher = Net(4).eval(), Net(4)
+    teacher.load_state_dict(student.state_dict())
+    distiller = Distiller(student, teacher, distillation_loss(4, 4, MASKED), LEVELS)
+    said = "are the student's own: it has the same weights, and nothing to teach."
+    assert f"The teacher's features at c1, c2 {said}" in distiller.report(images()).notes
+    student.backbone.c2.conv.weight.data.mul_(2.0)
+    assert f"The teacher's features at c1 {said}" in distiller.report(images()).notes
+    student.train()
+    assert not [note for note in distiller.report(images()).notes if "teacher's" in note]
+
+
+@pytest.mark.parametrize(
+    ("features", "fault"),
+    [
+        (torch.ones(2, 3, 1, 1), "same at every"),
+        (torch.ones(1, 3, 1, 1), ""),
+        (torch.full((2, 3, 4, 4), 1e-6), "same at every"),
+        (torch.full((2, 3, 4, 4), 1e-3).half(), "same at every"),
+        (torch.arange(96.0).view(2, 3, 4, 4), ""),
+        (torch.arange(96.0).flip(0).view(2, 3, 4, 4), ""),
+        (torch.arange(96.0).view(2, 3, 4, 4) - 5e4, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 1e-3, ""),
+        (torch.arange(96.0).view(2, 3, 4, 4).half() * 600, "absurd"),
+        (torch.arange(96.0).view(2, 3, 4, 4) * 1e30, "absurd"),
+        (torch.tensor([1e3, -1e3] * 8).view(2, 2, 2, 2).mT, ""),
+        (torch.tensor([1e-6, -1e-6] * 8, dtype=torch.float64).view(2, 2, 2, 2), ""),
+        (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ""),
+        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "same at every"),
+        (torch.ones(0, 3, 4, 4), ""),
+        (torch.ones(2, 3, 4, 4, device="meta"), ""),
+    ],
+)
+def test_what_is_wrong_with_a_teacher(features, fault):
+    found = magnitudes({"c": torch.zeros(1)}, {"c": features})["c"]
+    assert fault in found.fault
+    assert bool(fault) == bool(found.fault)
+    if features.numel() and not features.is_meta:
+        assert found.teacher == pytest.approx(features.double().square().mean().sqrt().item())
+    else:
+        assert found.teacher is None
+
+
+def test_a_teacher_that_equals_a_student_of_another_dtype_is_noted():
+    values = torch.arange(96.0).view(2, 3, 4, 4) / 7
+    assert "student's own" in magnitudes({"c": values.half()}, {"c": values})["c"].fault
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x: {"term": x.sum() * math.nan}, "term is nan: a step with it spoils"),
+        (lambda x: {"term": x.sum() * math.inf}, "term is inf: a step with it spoils"),
+        (lambda x: {"term": x.detach().square().mean()}, "term has no gradient to the student's"),
+        (lambda x: {"term": 0 * x.sum()}, "the distillation loss is 0: nothing is distilled."),
+        (lambda x: {}, "the distillation loss is 0: nothing is distilled."),
+    ],
+    ids=["NaN", "inf", "detached", "zero", "no term"],
+)
+def test_a_loss_that_trains_nothing_is_noted(function, text):
+    distiller = Distiller(Student(), Net(6), Term(function), {"c1": "backbone.c1"})
+    report = distiller.report(images())
+    assert report.notes[-1].startswith(text[0].upper() + text[1:])
+    assert "Multiply" not in str(report)
+    assert str(report).endswith("".join(f"\n\n{said}" for said in report.notes))
+
+
+def test_an_optimizer_of_another_kind_is_an_error():
+    distiller = make()
+    raises(TypeError, lambda: distiller.report(images(), optimizer=[]), "`optimizer`", "list")
+
+
+# --- first use ------------------------------------------------------------------------------------
+
+
+def messages(caplog, level):
+    return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+def test_the_first_training_step_logs_the_levels_once(caplog):
+    caplog.set_level(logging.INFO, "featkd")
+    distiller = make()
+    distiller.eval()(images())
+    assert not caplog.records
+    distiller.train()
+    for _ in range(3):
+        distiller(images())
+    (text,) = messages(caplog, logging.INFO)
+    assert text == "Distilling\n" + str(distiller.report(images())).split("\n\n")[0]
+    assert len(caplog.records) == 1
+
+
+def test_of_several_processes_the_first_alone_logs(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "featkd")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        distiller = make(Student(), MASKED)
+        with torch.no_grad():
+            weights_times(0.0)(distiller.teacher, distiller.student)
+        distiller(images())
+        assert len(caplog.records) == (0 if rank else 2)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_nothing_is_said_of_a_sound_step_whatever_the_detectors_loss(scale, capfd):
+    make(Student(scale=scale))(images())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_training_step_says_that_a_loss_is_not_finite(caplog):
+    loss = Term(lambda x: {"term": x.sum() * math.nan})
+    distiller = Distiller(Student(), Net(6), loss, {"c1": "backbone.c1"})
+    for _ in range(2):
+        distiller(images())
+    assert messages(caplog, logging.WARNING) == ["term is nan: a step with it spoils every weight."]
+
+
+def no_value_is_read(monkeypatch):
+    for name in ("item", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("read"))
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("read"))
+
+
+def test_a_silenced_logger_costs_no_reading_of_values(monkeypatch):
+    distiller = make()
+    monkeypatch.setattr(logging.getLogger("featkd"), "disabled", True)
+    no_value_is_read(monkeypatch)
+    distiller(images())
+
+
+def test_values_are_read_at_the_first_step_alone(monkeypatch):
+    distiller = make()
+    distiller(images())
+    no_value_is_read(monkeypatch)
+    distiller(images())
+
+
+def test_without_values_the_first_step_says_nothing(caplog):
+    class Mean(nn.Module):
+        def forward(self, student, teacher):
+            return {"mean": student["c1"].mean()}
+
+    models = [model.to("meta") for model in (Student(), Net(6))]
+    distiller = Distiller(*models, Mean(), {"c1": "backbone.c1"})
+    distiller(images().to("meta"))
+    assert not caplog.records
+
+
+@pytest.mark.one_graph
+def test_a_compiled_distiller_says_nothing_and_stays_one_graph(caplog, fresh_compiler):
+    caplog.set_level(logging.INFO, "featkd")
+    distiller = make(Net(4))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(distiller, fullgraph=True, backend=counter)
+    distiller.teacher.eval()
+    for _ in range(2):
+        compiled(images())
+    assert counter.frame_count == 1
+    assert not [record for record in caplog.records if record.name == "featkd"]
