@@ -60,7 +60,7 @@ class _Means(torch.autograd.Function):
         sums = {
             d: sum(over_channels[:-1], start=over_channels[-1])
             if d == OVER_CHANNELS
-            else torch.cat(over_positions, 1)
+            else _of_all_channels(over_positions)
             for d in dims
         }
         return tuple(total / _count(features, d) for d, total in sums.items())
@@ -97,6 +97,10 @@ def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
     sums.append(part)
 
 
+def _of_all_channels(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def _count(features: Tensor, dims: Dims) -> int:
     return math.prod(features.shape[d] for d in dims)
 
@@ -115,7 +119,7 @@ class _WeightedDistance(torch.autograd.Function):
             square = (a[:, block].to(dtype) - b[:, block]).square_()
             square = square if weight is None else square.mul_(weight)
             energies.append(square.sum(OVER_POSITIONS))
-        energy = torch.cat(energies, 1)
+        energy = _of_all_channels(energies)
         if by_channel is not None:
             energy = energy * by_channel
         return energy.sum(1).sqrt()
@@ -127,8 +131,7 @@ class _WeightedDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, by_position, by_channel, distance = ctx.saved_tensors
-        zero = distance == 0
-        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, distance))
+        slope = grad / distance.masked_fill(distance == 0, torch.inf)  # 0 at equality
         weight = None if by_position is None else by_position[:, None]
 
         def difference(block: slice) -> Tensor:
@@ -180,7 +183,7 @@ class _CorrelationDistance(torch.autograd.Function):
             if by_position is not None:
                 square = square.mul_(by_position[:, None])
             found.append(torch.stack((*of_a, *of_b, square.mean(OVER_POSITIONS, keepdim=True))))
-        numbers = found[0] if len(found) == 1 else torch.cat(found, 2)
+        numbers = _of_all_channels(found, 2)
         ctx.save_for_backward(a, b, by_position, by_channel, numbers)
         energy = numbers[4, :, :, 0, 0]
         if by_channel is not None:
@@ -249,5 +252,5 @@ def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     variance = rest.square().mean(dims, keepdim=True)
     constant = variance.sqrt() <= torch.finfo(x.dtype).eps * mean.abs()
     # No `rsqrt`: its derivative has the variance to the power 3/2, which overflows before it.
-    inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, variance).sqrt())
+    inverse = variance.masked_fill(constant, torch.inf).sqrt().reciprocal()
     return rest, (mean + left, inverse)

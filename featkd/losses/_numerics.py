@@ -13,11 +13,8 @@ from ._options import Reduction
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among `tensors`, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def savable(tensor: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ def both_joined(maps: Callable[..., tuple[Any, Any]], join: Callable[..., Any]) 
 
     @functools.wraps(maps)
     def joined(features: Any, **options: Any) -> Any:
-        return join([x.reshape(len(x), math.prod(x.shape[1:])) for x in maps(features, **options)], 1)
+        found = maps(features, **options)
+        return join([x.reshape(len(x), math.prod(x.shape[1:])) for x in found], 1)
 
     return joined
 
