@@ -56,14 +56,13 @@ class _Means(torch.autograd.Function):
             if OVER_CHANNELS in dims:
                 _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
             if OVER_POSITIONS in dims:
-                over_positions.append(wide.sum(OVER_POSITIONS))
-        sums = {
-            d: sum(over_channels[:-1], start=over_channels[-1])
+                over_positions.append(wide.mean(OVER_POSITIONS))
+        return tuple(
+            sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
             if d == OVER_CHANNELS
             else _of_all_channels(over_positions)
             for d in dims
-        }
-        return tuple(total / _count(features, d) for d, total in sums.items())
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

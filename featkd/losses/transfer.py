@@ -16,8 +16,7 @@ from .._checks import (
     require_tensor,
 )
 from ._adapters import Conv2d, Linear
-from ._blocks import takes_closed_form
-from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, weighted_distance
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS
 from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
@@ -88,8 +87,6 @@ def attention_transfer_loss(
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    if takes_closed_form():
-        return weighted_distance(*(x.flatten(1)[:, None, :, None] for x in (ours, theirs)))
     return norm_per_image(ours - theirs)
 
 
