@@ -128,6 +128,15 @@ def of_mean(dims: tuple[int, ...]) -> Callable[..., tuple[Tensor, list[Tensor]]]
     return scales
 
 
+def of_both_means(inputs, value, cotangent, gradients):
+    """A gradient is a sum of two slopes that may cancel."""
+    positions = inputs[0][0, 0].numel()
+    slopes = cotangent.abs().split([positions, inputs[0].shape[1]], 1)
+    over_channels = slopes[0].reshape(inputs[0][:, :1].shape) / inputs[0].shape[1]
+    slope = over_channels + slopes[1][:, :, None, None] / positions
+    return value.abs(), [slope]
+
+
 def of_mask(temperature: float) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     def scales(inputs, value, cotangent, gradients):
         spreads = (x.flatten(1).amax(1) - x.flatten(1).amin(1) for x in inputs)
@@ -205,8 +214,13 @@ def mask_of_one_temperature(ours: Tensor, theirs: Tensor) -> Tensor:
     return functional.attention_mask(ours, theirs, temperature=TEMPERATURE)
 
 
+def both_maps(features: Tensor) -> Tensor:
+    return torch.cat([x.flatten(1) for x in functional.attention_maps(features)], 1)
+
+
 CALLS = {
     "spatial_attention": Call(functional.spatial_attention, maps(1), of_mean((1,))),
+    "attention_maps": Call(both_maps, maps(1), of_both_means),
     "channel_attention": Call(functional.channel_attention, maps(1), of_mean((2, 3))),
     "standardize": Call(functional.standardize, maps(1), of_standardize),
     "attention_mask": Call(mask_of_one_temperature, attentions, of_mask(TEMPERATURE)),

@@ -2,6 +2,7 @@
 
 from .distiller import Distiller
 from .functional import (
+    attention_maps,
     attention_mask,
     attention_masked_loss,
     attention_transfer_loss,
@@ -56,6 +57,7 @@ __all__ = [
     "NonLocalRelation",
     "PatchTokens",
     "SpatialAttention",
+    "attention_maps",
     "attention_mask",
     "attention_masked_loss",
     "attention_transfer_loss",

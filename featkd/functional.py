@@ -3,7 +3,7 @@
 How exact they are, and where they overflow, is in `docs/numerics.md`.
 """
 
-from .losses.attention import attention_mask, channel_attention, spatial_attention
+from .losses.attention import attention_maps, attention_mask, channel_attention, spatial_attention
 from .losses.masked import attention_masked_loss
 from .losses.non_local import non_local_loss
 from .losses.relation import (
@@ -16,6 +16,7 @@ from .losses.standardize import standardize
 from .losses.transfer import attention_transfer_loss
 
 __all__ = [
+    "attention_maps",
     "attention_mask",
     "attention_masked_loss",
     "attention_transfer_loss",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, less, product, scaled
-from ._numerics import compute_dtype, root
+from ._numerics import compute_dtype
 
 Dims = tuple[int, ...]
 OVER_CHANNELS: Dims = (1,)
@@ -56,14 +56,13 @@ class _Means(torch.autograd.Function):
             if OVER_CHANNELS in dims:
                 _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
             if OVER_POSITIONS in dims:
-                over_positions.append(wide.sum(OVER_POSITIONS))
-        sums = {
-            d: sum(over_channels[:-1], start=over_channels[-1])
+                over_positions.append(wide.mean(OVER_POSITIONS))
+        return tuple(
+            sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
             if d == OVER_CHANNELS
-            else torch.cat(over_positions, 1)
+            else _of_all_channels(over_positions)
             for d in dims
-        }
-        return tuple(total / _count(features, d) for d, total in sums.items())
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,6 +96,10 @@ def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
     sums.append(part)
 
 
+def _of_all_channels(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def _count(features: Tensor, dims: Dims) -> int:
     return math.prod(features.shape[d] for d in dims)
 
@@ -115,7 +118,7 @@ class _WeightedDistance(torch.autograd.Function):
             square = (a[:, block].to(dtype) - b[:, block]).square_()
             square = square if weight is None else square.mul_(weight)
             energies.append(square.sum(OVER_POSITIONS))
-        energy = torch.cat(energies, 1)
+        energy = _of_all_channels(energies)
         if by_channel is not None:
             energy = energy * by_channel
         return energy.sum(1).sqrt()
@@ -127,8 +130,7 @@ class _WeightedDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, by_position, by_channel, distance = ctx.saved_tensors
-        zero = distance == 0
-        slope = torch.where(zero, 0.0, grad / torch.where(zero, 1.0, distance))
+        slope = grad / distance.masked_fill(distance == 0, torch.inf)  # 0 at equality
         weight = None if by_position is None else by_position[:, None]
 
         def difference(block: slice) -> Tensor:
@@ -163,7 +165,8 @@ class _WeightedDistance(torch.autograd.Function):
 class _CorrelationDistance(torch.autograd.Function):
     """Of a slope u at s goes through the standardisation (u - mean u - s mean(u s)) / sigma.
 
-    Here u is w v (s - t) / (CHW). The inputs and three numbers a channel and side are saved.
+    Here u is w v (s - t) / (CHW). The inputs and five numbers a channel are saved. Without w the
+    mean of s - t is 0, and that of (s - t) s half the sum of (s - t)^2 and s^2 - t^2.
     """
 
     @staticmethod
@@ -171,44 +174,53 @@ class _CorrelationDistance(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(a, b, by_position, by_channel)
-        energies, moments = [], []
+        found = []
         for block in channel_blocks(b):
-            (s, of_a), (t, of_b) = (_standardized(x[:, block].to(dtype)) for x in (a, b))
-            square = s.sub_(t).square_()
+            sides = (centred(x[:, block].to(dtype), OVER_POSITIONS) for x in (a, b))
+            (s, of_a), (t, of_b) = sides
+            square = s.mul_(of_a[1]).sub_(t.mul_(of_b[1])).square_()
             if by_position is not None:
                 square = square.mul_(by_position[:, None])
-            energies.append(square.mean(OVER_POSITIONS))
-            moments.append(torch.stack((*of_a, *of_b)))
-        energy = torch.cat(energies, 1)
+            found.append(torch.stack((*of_a, *of_b, square.mean(OVER_POSITIONS, keepdim=True))))
+        numbers = _of_all_channels(found, 2)
+        ctx.save_for_backward(a, b, by_position, by_channel, numbers)
+        energy = numbers[4, :, :, 0, 0]
         if by_channel is not None:
             energy = energy * by_channel
-        ctx.save_for_backward(a, b, by_position, by_channel, torch.cat(moments, 2))
         return energy.mean(1) / 2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, by_position, by_channel, moments = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative they depend on the features
-            moments = torch.stack(
-                [x for y in (a, b) for x in _standardized(y.to(moments.dtype))[1]]
-            )
+        a, b, by_position, by_channel, numbers = ctx.saved_tensors
+        *moments, energy = numbers
+        known = by_position is None
+        if torch.is_grad_enabled():  # for a second derivative all depends on the features
+            known = False
+            moments = [x for y in (a, b) for x in centred(y.to(numbers.dtype), OVER_POSITIONS)[1]]
         slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
         weighted = slope if by_channel is None else slope * by_channel
 
         def standardized(block: slice) -> list[Tensor]:
             return [
-                scaled(less(x[:, block] - mean[:, block], rest[:, block]), inverse[:, block])
-                for x, (mean, rest, inverse) in ((a, moments[:3]), (b, moments[3:]))
+                scaled(x[:, block].to(mean.dtype) - mean[:, block], inverse[:, block])
+                for x, mean, inverse in ((a, *moments[:2]), (b, *moments[2:]))
             ]
 
         def gradient(side: int) -> Tensor:
+            inverse, other = moments[2 * side + 1], moments[3 - 2 * side]
+            half = (energy + (inverse != 0).to(energy) - (other != 0).to(energy)) / 2
+
             def factors(block: slice) -> tuple[Tensor, Tensor]:
                 sides = standardized(block)
                 s, t = sides[side], sides[1 - side]
-                u = s - t if by_position is None else scaled(s - t, by_position[:, None])
-                along = (u * s).mean(OVER_POSITIONS, keepdim=True)
-                u = less(less(u, u.mean(OVER_POSITIONS, keepdim=True)), scaled(s, along))
-                return u, weighted[:, block, None, None] * moments[3 * side + 2, :, block]
+                if known:
+                    u, along = s - t, half[:, block]
+                else:
+                    u = s - t if by_position is None else scaled(s - t, by_position[:, None])
+                    along = (u * s).mean(OVER_POSITIONS, keepdim=True)
+                    u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
+                factor = weighted[:, block, None, None] * inverse[:, block]
+                return less(u, scaled(s, along)), factor
 
             return product((a, b)[side], factors)
 
@@ -226,13 +238,18 @@ class _CorrelationDistance(torch.autograd.Function):
         return to_a, to_b, to_position, to_channel
 
 
-def _standardized(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """`standardize.standardized`, and what to take of `x` twice and then times."""
-    mean = x.mean(OVER_POSITIONS, keepdim=True)
+def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`x` less its mean over `dims`; the mean, and 1 over the deviation, or 0 if `x` is constant.
+
+    It counts as constant where its deviation is but the rounding of its mean.
+    """
+    mean = x.mean(dims, keepdim=True)
     rest = x - mean
-    left = rest.mean(OVER_POSITIONS, keepdim=True)
+    # What rounding left of the mean: of a constant nothing stays. 0 otherwise, derivatives too.
+    left = rest.detach().mean(dims, keepdim=True)
     rest = less(rest, left)
-    deviation = root(rest.square().mean(OVER_POSITIONS, keepdim=True))
-    constant = deviation <= torch.finfo(x.dtype).eps * mean.abs()
-    inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
-    return scaled(rest, inverse), (mean, left, inverse)
+    variance = rest.square().mean(dims, keepdim=True)
+    constant = variance.sqrt() <= torch.finfo(x.dtype).eps * mean.abs()
+    # No `rsqrt`: its derivative has the variance to the power 3/2, which overflows before it.
+    inverse = variance.masked_fill(constant, torch.inf).sqrt().reciprocal()
+    return rest, (mean + left, inverse)

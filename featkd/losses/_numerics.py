@@ -13,11 +13,8 @@ from ._options import Reduction
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among `tensors`, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def savable(tensor: Tensor) -> Tensor:
@@ -46,7 +43,7 @@ def norm_per_image(x: Tensor) -> Tensor:
 def root(energy: Tensor) -> Tensor:
     """The square root, with gradient 0 at 0, where its own is infinite."""
     zero = energy == 0
-    return torch.where(zero, energy, torch.where(zero, torch.ones_like(energy), energy).sqrt())
+    return energy.masked_fill(zero, torch.inf).sqrt().masked_fill(zero, 0.0)
 
 
 def relative_to(distances: Tensor, norms: Tensor) -> Tensor:
@@ -62,5 +59,6 @@ def reduced(distances: Tensor, reduction: Reduction) -> Tensor:
         return root(distances.square().sum())
     if reduction == "mean_square":
         distances = distances.square()
-    total = distances.sum()
-    return total if reduction == "sum" else total / max(distances.shape[0], 1)
+    if reduction == "sum" or distances.shape[0] == 0:  # the mean of no image would be NaN
+        return distances.sum()
+    return distances.mean()

@@ -28,13 +28,47 @@ MAPS: dict[Attention, tuple[Dims, ...]] = {
 }
 
 
-def attention_maps(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -> Maps:
+def maps_over(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -> Maps:
     """Attention over each of `dims` of checked features: the mean of their absolute values."""
     if takes_closed_form():
         return dict(zip(dims, means(features, dims, absolute), strict=True))
     wide = features.to(compute_dtype(features))
     wide = wide.abs() if absolute else wide
     return {over: wide.mean(over) for over in dims}
+
+
+def attention_maps(features: Tensor, *, absolute: bool = True) -> tuple[Tensor, Tensor]:
+    r"""Both attention maps, spatial and channel, in one reading of the features.
+
+    .. math:: G^s(A)_{i,j} = \frac{1}{C} \sum_{k=1}^{C} |A_{k,i,j}|, \qquad
+              G^c(A)_k = \frac{1}{HW} \sum_{i=1}^{H} \sum_{j=1}^{W} |A_{k,i,j}|
+
+    The same values as of :func:`spatial_attention` and :func:`channel_attention`, at less cost.
+
+    Args:
+        features: feature maps, `(B, C, H, W)`, any floating dtype.
+        absolute: take \|A\| (the paper) or A itself (the authors' released code).
+
+    Returns:
+        `(B, H, W)` and `(B, C)`, at least 0 where `absolute`, in float32 or wider, in the unit of
+        the features.
+
+    Raises:
+        TypeError: `features` is no floating-point tensor.
+        ValueError: `features` is not of shape `(B, C, H, W)`.
+
+    Reference: Zhang & Ma (ICLR 2021), section 3.1.
+
+    Example:
+        >>> import torch
+        >>> spatial, channel = attention_maps(torch.tensor([[[[1.0, -2.0]], [[-3.0, 0.0]]]]))
+        >>> spatial, channel
+        (tensor([[[2., 1.]]]), tensor([[1.5000, 1.5000]]))
+    """
+    require_feature_map("features", features)
+    require_flag("absolute", absolute)
+    maps = maps_over(features, MAPS["both"], absolute)
+    return maps[OVER_CHANNELS], maps[OVER_POSITIONS]
 
 
 def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -62,7 +96,7 @@ def spatial_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return attention_maps(features, (OVER_CHANNELS,), absolute)[OVER_CHANNELS]
+    return maps_over(features, (OVER_CHANNELS,), absolute)[OVER_CHANNELS]
 
 
 def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
@@ -90,7 +124,7 @@ def channel_attention(features: Tensor, *, absolute: bool = True) -> Tensor:
     """
     require_feature_map("features", features)
     require_flag("absolute", absolute)
-    return attention_maps(features, (OVER_POSITIONS,), absolute)[OVER_POSITIONS]
+    return maps_over(features, (OVER_POSITIONS,), absolute)[OVER_POSITIONS]
 
 
 def attention_mask(

@@ -27,7 +27,7 @@ from ._options import (
     require_form,
     require_temperature,
 )
-from .attention import MAPS, Maps, attention_maps, fused_mask
+from .attention import MAPS, Maps, fused_mask, maps_over
 from .standardize import standardized, standardized_distance
 
 
@@ -195,13 +195,13 @@ class AttentionMaskedLoss(LevelLoss):
         one_channel_index = self.student_channels == self.teacher_channels
         if maps is None:
             of_student = dims if one_channel_index else tuple(d for d in dims if d == OVER_CHANNELS)
-            maps = attention_maps(student, of_student), attention_maps(teacher, dims)
+            maps = maps_over(student, of_student), maps_over(teacher, dims)
         ours, theirs = maps
         if not one_channel_index and OVER_POSITIONS in dims:
             bias = self.adapter.bias
             if self.standardize and bias is not None:  # it has a scale, and standardised maps none
                 adapted = adapted - bias.detach()[:, None, None]
-            ours = {**ours, **attention_maps(adapted, (OVER_POSITIONS,))}
+            ours = {**ours, **maps_over(adapted, (OVER_POSITIONS,))}
         masks = {}
         for d in dims:
             mine, its = ours[d].detach(), theirs[d].detach()

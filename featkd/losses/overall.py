@@ -13,7 +13,7 @@ from ..presets import STANDARDIZED, Hyperparameters
 from ._level import admit
 from ._numerics import compute_dtype
 from ._options import require_form, require_resize
-from .attention import MAPS, Maps, attention_maps
+from .attention import MAPS, Maps, maps_over
 from .masked import AttentionMaskedLoss
 from .non_local import NonLocalLoss
 from .transfer import AttentionTransferLoss
@@ -174,7 +174,7 @@ class FeatureDistillationLoss(nn.Module):
             # One reading of the features serves the attention transfer and the masks.
             for level, (student, teacher) in pairs.items():
                 dims = MAPS["both"]
-                maps[level] = attention_maps(student, dims), attention_maps(teacher, dims)
+                maps[level] = maps_over(student, dims), maps_over(teacher, dims)
         return {
             "loss_attention_transfer": self._term(
                 settings.alpha, self.attention_transfer, pairs, maps

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._checks import require_choice, require_feature_map
 from ._blocks import takes_closed_form
-from ._closed_forms import OVER_POSITIONS, Dims, correlation_distance
-from ._numerics import compute_dtype, root
+from ._closed_forms import OVER_POSITIONS, Dims, centred, correlation_distance
+from ._numerics import compute_dtype
 from ._options import OVER, Over
 
 DIMS: dict[Over, Dims] = {"image": OVER_POSITIONS, "batch": (0, *OVER_POSITIONS)}
@@ -50,13 +49,8 @@ def standardize(features: Tensor, *, over: Over = "image") -> Tensor:
 
 def standardized(x: Tensor, dims: Dims) -> Tensor:
     """`x` less its mean over `dims`, over its standard deviation; 0 where `x` is constant."""
-    mean = x.mean(dims, keepdim=True)
-    rest = x - mean
-    # Less what rounding left of the mean: of a constant nothing stays.
-    rest = rest - rest.mean(dims, keepdim=True)
-    deviation = root(rest.square().mean(dims, keepdim=True))
-    constant = deviation <= torch.finfo(x.dtype).eps * mean.abs()
-    return torch.where(constant, 0.0, rest / torch.where(constant, 1.0, deviation))
+    rest, (_, inverse) = centred(x, dims)
+    return rest * inverse
 
 
 def standardized_distance(

@@ -20,7 +20,7 @@ from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS
 from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
-from .attention import MAPS, Maps, attention_maps
+from .attention import MAPS, Maps, maps_over
 from .standardize import standardized, standardized_distance
 
 Adapter = Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ def attention_transfer_loss(
     require_callable("spatial_adapter", spatial_adapter)
     require_callable("channel_adapter", channel_adapter)
     require_feature_pair(student, teacher, same_channels=channel_adapter is None)
-    ours, theirs = (attention_maps(x, MAPS["both"], absolute) for x in (student, teacher))
+    ours, theirs = (maps_over(x, MAPS["both"], absolute) for x in (student, teacher))
     targets = theirs[OVER_CHANNELS][:, None], theirs[OVER_POSITIONS]
     spatial = _adapted("spatial_adapter", spatial_adapter, ours[OVER_CHANNELS][:, None], targets[0])
     channel = _adapted("channel_adapter", channel_adapter, ours[OVER_POSITIONS], targets[1])
@@ -162,7 +162,7 @@ class AttentionTransferLoss(LevelLoss):
         self, student: Tensor, teacher: Tensor, maps: tuple[Maps, Maps] | None
     ) -> list[Tensor]:
         dims = MAPS[self.attention]
-        ours, theirs = maps or (attention_maps(x, dims, self.absolute) for x in (student, teacher))
+        ours, theirs = maps or (maps_over(x, dims, self.absolute) for x in (student, teacher))
         if self.standardize:  # in front of the adapters' biases, which have a scale
             ours = {over: standardized(x, tuple(range(1, x.dim()))) for over, x in ours.items()}
         pairs = []

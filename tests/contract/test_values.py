@@ -14,6 +14,7 @@ from tests.helpers.tensors import close, gradients, leaves, trained
 FUNCTIONS = [
     "spatial_attention",
     "channel_attention",
+    "attention_maps",
     "standardize",
     "attention_mask",
     "attention_transfer_loss",

@@ -4,10 +4,13 @@ A `Case` is one call of a function of `featkd.functional`: which tensors it take
 options, and the NumPy loops it must equal.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,6 +147,22 @@ ADAPTERS = {
 }
 
 
+def both_joined(maps: Callable[..., tuple[Any, Any]], join: Callable[..., Any]) -> Callable:
+    """A function of two maps as one of one array: the maps of each image, one behind the other."""
+
+    @functools.wraps(maps)
+    def joined(features: Any, **options: Any) -> Any:
+        found = maps(features, **options)
+        return join([x.reshape(len(x), math.prod(x.shape[1:])) for x in found], 1)
+
+    return joined
+
+
+def _both_maps(name: str, **options: Any) -> Case:
+    ours = both_joined(featkd.functional.attention_maps, torch.cat)
+    return Case(name, ours, both_joined(reference.attention_maps, np.concatenate), one_map, options)
+
+
 def _case(
     name: str, function: str, shapes: Callable[..., Shapes], adapters: Any = None, **options: Any
 ) -> Case:
@@ -163,6 +182,8 @@ CASES = [
     _case("spatial_attention-signed", "spatial_attention", one_map, absolute=False),
     _case("channel_attention", "channel_attention", one_map),
     _case("channel_attention-signed", "channel_attention", one_map, absolute=False),
+    _both_maps("attention_maps"),
+    _both_maps("attention_maps-signed", absolute=False),
     *(
         _case(f"{side}_mask-{fusion}", "attention_mask", shapes, temperature=0.5, fusion=fusion)
         for side, shapes in [

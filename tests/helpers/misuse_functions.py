@@ -238,6 +238,7 @@ PATCHES = featkd.PatchTokens(16, prefix=1)
 FUNCTIONS = [
     one_map("spatial_attention"),
     one_map("channel_attention"),
+    one_map("attention_maps"),
     Row(
         "standardize",
         f.standardize,

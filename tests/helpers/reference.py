@@ -38,6 +38,13 @@ def channel_attention(features, *, absolute=True):
 
 
 @quiet
+def attention_maps(features, *, absolute=True):
+    """G_s and G_c."""
+    maps = spatial_attention, channel_attention
+    return tuple(of(features, absolute=absolute) for of in maps)
+
+
+@quiet
 def softmax(logits):
     """Softmax of a one-dimensional array."""
     weights = np.exp(logits - np.max(logits))

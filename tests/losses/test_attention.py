@@ -30,6 +30,9 @@ def test_golden_attention():
     # Over the positions: (1 + 2) / 2 = 1.5 and (3 + 4) / 2 = 3.5; signed (1 - 2) / 2 and 3.5.
     close(functional.channel_attention(features), tensor([[1.5, 3.5]]))
     close(functional.channel_attention(features, absolute=False), tensor([[-0.5, 3.5]]))
+    spatial, channel = functional.attention_maps(features)
+    close(spatial, tensor([[[2, 3]]]))
+    close(channel, tensor([[1.5, 3.5]]))
 
 
 @pytest.mark.parametrize(

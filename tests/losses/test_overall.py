@@ -286,11 +286,11 @@ def test_transfer_and_masks_share_one_reading_of_each_side(
     read = []
     for module in (featkd.losses.overall, featkd.losses.masked, featkd.losses.transfer):
 
-        def counted(features, *options, maps=module.attention_maps):
+        def counted(features, *options, maps=module.maps_over):
             read.append(features)
             return maps(features, *options)
 
-        monkeypatch.setattr(module, "attention_maps", counted)
+        monkeypatch.setattr(module, "maps_over", counted)
     settings = dataclasses.replace(ALL_TERMS, absolute=absolute)
     loss = FeatureDistillationLoss(4, teacher_channels, hyperparameters=settings)
     loss(torch.ones(2, 4, 3, 5), torch.ones(2, teacher_channels, 3, 5))

@@ -53,6 +53,16 @@ def test_a_constant_channel_counts_as_one_however_it_rounds():
         assert (gradient == 0).all()
 
 
+def test_a_constant_teacher_s_channel_leaves_the_student_s_at_rest():
+    """Whatever the student, half its mean square is 1 / 2 there; the other channel learns."""
+    student, teacher = normal(1, 2, 3, 4).requires_grad_(), normal(1, 2, 3, 4, seed=1)
+    teacher[:, 0] = 7
+    loss = functional.attention_masked_loss(student, teacher, standardize=True)
+    (gradient,) = torch.autograd.grad(loss, student)
+    close(gradient[:, 0], torch.zeros(1, 3, 4))
+    assert gradient[:, 1].abs().min() > 1e-4
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1000.0])
 def test_a_deviation_below_the_rounding_of_the_mean_is_none(size):
     """Neighbours in float32 differ by 6e-8 to 1.2e-7 of their size."""

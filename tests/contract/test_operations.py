@@ -1,0 +1,120 @@
+"""How many operations a step takes: on a GPU each is a launch, which costs more than small maps.
+
+python -m tests.contract.test_operations
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import featkd
+from benchmarks import plain
+
+CHANNELS, SHAPE = 8, (2, 8, 6, 5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that compute: no views, no empty memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += not (func.is_view or "empty" in name or "detach" in name)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(loss):
+    """Operations forward and backward of a loss of a student's and a teacher's features."""
+    loss.zero_grad()
+    student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    with Operations() as forward:
+        value = loss(student, teacher)
+    with Operations() as backward:
+        value.backward()
+    return forward.count, backward.count
+
+
+class Plain(nn.Module):
+    """The formulas with adapters, as one would write them."""
+
+    def __init__(self, formula) -> None:
+        super().__init__()
+        self.formula = formula
+        self.features = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.spatial, self.channel = (
+            nn.Conv2d(1, 1, 3, padding=1),
+            nn.Linear(CHANNELS, CHANNELS),
+        )
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS // 2, 1) for _ in range(3)) for _ in range(2)
+        )
+        self.blocks[1].requires_grad_(False)
+        self.relation = nn.Conv2d(CHANNELS // 2, CHANNELS // 2, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.formula(self, student, teacher)
+
+
+def transfer(self, student, teacher):
+    spatial = self.spatial(student.abs().mean(1, keepdim=True)) - teacher.abs().mean(1, True)
+    channel = self.channel(student.abs().mean((2, 3))) - teacher.abs().mean((2, 3))
+    return spatial.flatten(1).norm(dim=1).mean() + channel.norm(dim=1).mean()
+
+
+def masked(self, student, teacher):
+    with torch.no_grad():
+        spatial, channel = plain.masks(student, teacher, 0.5)
+    square = (teacher - self.features(student)) ** 2
+    square = square * spatial[:, None] * channel[:, :, None, None]
+    return square.sum((1, 2, 3)).sqrt().mean()
+
+
+def standardized(self, student, teacher):
+    def of(x):
+        rest = x - x.mean((2, 3), keepdim=True)
+        return rest / (rest.square().mean((2, 3), keepdim=True).sqrt() + 1e-6)
+
+    return (of(self.features(student)) - of(teacher)).square().mean() / 2
+
+
+def non_local(self, student, teacher):
+    def of(layers, x):
+        return plain.relation("dot_product", *(layer(x) for layer in layers))
+
+    ours, theirs = (of(*pair) for pair in zip(self.blocks, (student, teacher), strict=True))
+    ours = self.relation(ours.reshape(len(ours), -1, *SHAPE[2:])).flatten(2)
+    return (ours - theirs).flatten(1).norm(dim=1).mean()
+
+
+# Forward and backward at the most. Fewer is a reason to lower them; the plain formulas', printed by
+# the command above, are what they shall come to.
+MOST = {
+    "L_AT": (27, 27),
+    "L_AM": (39, 11),
+    "L_AM, standardised": (38, 20),
+    "L_NLD": (23, 19),
+}
+TERMS = {
+    "L_AT": (featkd.AttentionTransferLoss(CHANNELS, CHANNELS), transfer),
+    "L_AM": (featkd.AttentionMaskedLoss(CHANNELS, CHANNELS, temperature=0.5), masked),
+    "L_AM, standardised": (
+        featkd.AttentionMaskedLoss(CHANNELS, CHANNELS, temperature=None, standardize=True),
+        standardized,
+    ),
+    "L_NLD": (featkd.NonLocalLoss(CHANNELS, CHANNELS, kind="dot_product"), non_local),
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_takes_no_more_operations_than_it_did(term):
+    loss, _ = TERMS[term]
+    forward, backward = counted(loss)
+    assert forward <= MOST[term][0]
+    assert backward <= MOST[term][1]
+
+
+if __name__ == "__main__":
+    for name, (loss, formula) in TERMS.items():
+        print(f"{name:20} featkd {counted(loss)}  plain {counted(Plain(formula))}")
