@@ -1,7 +1,7 @@
 """Walking a feature map in blocks of channels.
 
-On CPU a fresh full-size temporary costs more than the arithmetic on it (page faults, then a trip to
-memory and back), so the closed forms work block by block, in cache, and in place. On other devices,
+On CPU a fresh full-size temporary costs more than the arithmetic on it: page faults, then a trip to
+memory and back. So the closed forms work block by block, in cache, and in place. On other devices,
 and wherever a gradient's graph is being recorded, one block holds all.
 """
 

@@ -1,7 +1,7 @@
 """The same values as the plain formulas, with their own backward.
 
 Why: autograd keeps every temporary of a formula, each as large as a feature map, and each costs a
-trip to memory. The gradients of means and distances are short formulas of the inputs alone, so the
+trip to memory. The gradients of means and distances are short formulas of the inputs alone. So the
 features are read once each way, in blocks that stay in cache. The plain formula stands where each
 function is called, and serves the compiler (which fuses it), forward mode and `torch.func`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, less, product, scaled
+from ._blocks import channel_blocks, product, scaled
 from ._numerics import compute_dtype
 
 Dims = tuple[int, ...]
@@ -36,14 +36,6 @@ def weighted_distance(
     return result
 
 
-def correlation_distance(
-    a: Tensor, b: Tensor, by_position: Tensor | None = None, by_channel: Tensor | None = None
-) -> Tensor:
-    """Half the mean of `w v (s - t)^2` per image, `(B,)`, of `a` and `b` standardised."""
-    result: Tensor = _CorrelationDistance.apply(a, b, by_position, by_channel)
-    return result
-
-
 class _Means(torch.autograd.Function):
     @staticmethod
     def forward(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
@@ -60,7 +52,7 @@ class _Means(torch.autograd.Function):
         return tuple(
             sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
             if d == OVER_CHANNELS
-            else _of_all_channels(over_positions)
+            else of_all_channels(over_positions)
             for d in dims
         )
 
@@ -96,7 +88,7 @@ def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
     sums.append(part)
 
 
-def _of_all_channels(parts: list[Tensor], dim: int = 1) -> Tensor:
+def of_all_channels(parts: list[Tensor], dim: int = 1) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -118,7 +110,7 @@ class _WeightedDistance(torch.autograd.Function):
             square = (a[:, block].to(dtype) - b[:, block]).square_()
             square = square if weight is None else square.mul_(weight)
             energies.append(square.sum(OVER_POSITIONS))
-        energy = _of_all_channels(energies)
+        energy = of_all_channels(energies)
         if by_channel is not None:
             energy = energy * by_channel
         return energy.sum(1).sqrt()
@@ -160,96 +152,3 @@ class _WeightedDistance(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 to_channel = (square if weight is None else square * weight).sum(OVER_POSITIONS)
         return to_a, to_b, to_position, to_channel
-
-
-class _CorrelationDistance(torch.autograd.Function):
-    """Of a slope u at s goes through the standardisation (u - mean u - s mean(u s)) / sigma.
-
-    Here u is w v (s - t) / (CHW). The inputs and five numbers a channel are saved. Without w the
-    mean of s - t is 0, and that of (s - t) s half the sum of (s - t)^2 and s^2 - t^2.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
-    ) -> Tensor:
-        dtype = compute_dtype(a, b, by_position, by_channel)
-        found = []
-        for block in channel_blocks(b):
-            sides = (centred(x[:, block].to(dtype), OVER_POSITIONS) for x in (a, b))
-            (s, of_a), (t, of_b) = sides
-            square = s.mul_(of_a[1]).sub_(t.mul_(of_b[1])).square_()
-            if by_position is not None:
-                square = square.mul_(by_position[:, None])
-            found.append(torch.stack((*of_a, *of_b, square.mean(OVER_POSITIONS, keepdim=True))))
-        numbers = _of_all_channels(found, 2)
-        ctx.save_for_backward(a, b, by_position, by_channel, numbers)
-        energy = numbers[4, :, :, 0, 0]
-        if by_channel is not None:
-            energy = energy * by_channel
-        return energy.mean(1) / 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, by_position, by_channel, numbers = ctx.saved_tensors
-        *moments, energy = numbers
-        known = by_position is None
-        if torch.is_grad_enabled():  # for a second derivative all depends on the features
-            known = False
-            moments = [x for y in (a, b) for x in centred(y.to(numbers.dtype), OVER_POSITIONS)[1]]
-        slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
-        weighted = slope if by_channel is None else slope * by_channel
-
-        def standardized(block: slice) -> list[Tensor]:
-            return [
-                scaled(x[:, block].to(mean.dtype) - mean[:, block], inverse[:, block])
-                for x, mean, inverse in ((a, *moments[:2]), (b, *moments[2:]))
-            ]
-
-        def gradient(side: int) -> Tensor:
-            inverse, other = moments[2 * side + 1], moments[3 - 2 * side]
-            half = (energy + (inverse != 0).to(energy) - (other != 0).to(energy)) / 2
-
-            def factors(block: slice) -> tuple[Tensor, Tensor]:
-                sides = standardized(block)
-                s, t = sides[side], sides[1 - side]
-                if known:
-                    u, along = s - t, half[:, block]
-                else:
-                    u = s - t if by_position is None else scaled(s - t, by_position[:, None])
-                    along = (u * s).mean(OVER_POSITIONS, keepdim=True)
-                    u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
-                factor = weighted[:, block, None, None] * inverse[:, block]
-                return less(u, scaled(s, along)), factor
-
-            return product((a, b)[side], factors)
-
-        to_a = gradient(0) if ctx.needs_input_grad[0] else None
-        to_b = gradient(1) if ctx.needs_input_grad[1] else None
-        to_position = to_channel = None
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            s, t = standardized(slice(None))
-            square = (s - t).square() / 2
-            if ctx.needs_input_grad[2]:
-                to_position = (square * weighted[:, :, None, None]).sum(1)
-            if ctx.needs_input_grad[3]:
-                square = square if by_position is None else square * by_position[:, None]
-                to_channel = square.sum(OVER_POSITIONS) * slope
-        return to_a, to_b, to_position, to_channel
-
-
-def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`x` less its mean over `dims`; the mean, and 1 over the deviation, or 0 if `x` is constant.
-
-    It counts as constant where its deviation is but the rounding of its mean.
-    """
-    mean = x.mean(dims, keepdim=True)
-    rest = x - mean
-    # What rounding left of the mean: of a constant nothing stays. 0 otherwise, derivatives too.
-    left = rest.detach().mean(dims, keepdim=True)
-    rest = less(rest, left)
-    variance = rest.square().mean(dims, keepdim=True)
-    constant = variance.sqrt() <= torch.finfo(x.dtype).eps * mean.abs()
-    # No `rsqrt`: its derivative has the variance to the power 3/2, which overflows before it.
-    inverse = variance.masked_fill(constant, torch.inf).sqrt().reciprocal()
-    return rest, (mean + left, inverse)

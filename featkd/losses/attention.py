@@ -38,31 +38,24 @@ def maps_over(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -
 
 
 def attention_maps(features: Tensor, *, absolute: bool = True) -> tuple[Tensor, Tensor]:
-    r"""Both attention maps, spatial and channel, in one reading of the features.
-
-    .. math:: G^s(A)_{i,j} = \frac{1}{C} \sum_{k=1}^{C} |A_{k,i,j}|, \qquad
-              G^c(A)_k = \frac{1}{HW} \sum_{i=1}^{H} \sum_{j=1}^{W} |A_{k,i,j}|
+    r"""Both attention maps, :math:`G^s(A)` and :math:`G^c(A)`, in one reading of the features.
 
     The same values as of :func:`spatial_attention` and :func:`channel_attention`, at less cost.
 
     Args:
-        features: feature maps, `(B, C, H, W)`, any floating dtype.
-        absolute: take \|A\| (the paper) or A itself (the authors' released code).
+        features, absolute: as there.
 
     Returns:
-        `(B, H, W)` and `(B, C)`, at least 0 where `absolute`, in float32 or wider, in the unit of
-        the features.
+        `(B, H, W)` and `(B, C)`, in float32 or wider, in the unit of the features.
 
     Raises:
-        TypeError: `features` is no floating-point tensor.
-        ValueError: `features` is not of shape `(B, C, H, W)`.
+        TypeError, ValueError: `features` is no floating-point tensor of shape `(B, C, H, W)`.
 
     Reference: Zhang & Ma (ICLR 2021), section 3.1.
 
     Example:
         >>> import torch
-        >>> spatial, channel = attention_maps(torch.tensor([[[[1.0, -2.0]], [[-3.0, 0.0]]]]))
-        >>> spatial, channel
+        >>> attention_maps(torch.tensor([[[[1.0, -2.0]], [[-3.0, 0.0]]]]))
         (tensor([[[2., 1.]]]), tensor([[1.5000, 1.5000]]))
     """
     require_feature_map("features", features)
@@ -253,8 +246,5 @@ class AttentionMask(nn.Module):
 
     def forward(self, student_attention: Tensor, teacher_attention: Tensor) -> Tensor:
         return attention_mask(
-            student_attention,
-            teacher_attention,
-            temperature=self.temperature,
-            fusion=self.fusion,
+            student_attention, teacher_attention, temperature=self.temperature, fusion=self.fusion
         )

@@ -53,16 +53,16 @@ def attention_masked_loss(
         teacher: the teacher's features, `(B, C, H, W)`.
         spatial_mask: M_s, `(B, H, W)`, at least 0; `None` is all ones.
         channel_mask: M_c, `(B, C)`, at least 0; `None` is all ones.
-        reduction: `"none"`, `"mean"` or `"sum"` over the images, or `"norm"`, the L2 norm over the
-            batch as well (the released code), or `"mean_square"`, the mean of the images' squares
+        reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
+            batch as well (the released code); `"mean_square"`, the mean of the images' squares
             (beyond the paper).
         standardize: compare the standardised features s and t (beyond the paper): per image
             :math:`\frac{1}{2CHW} \sum (s - t)^2 M^s M^c`, which has no unit. Without masks it is
             1 - correlation, the mean over the channels, from 0 to 2.
 
     Returns:
-        `(B,)` for `"none"`, else a scalar; at least 0, in the unit of the features; float32 or
-        wider. 0 with gradient 0 where the features are equal.
+        `(B,)` for `"none"`, else a scalar; float32 or wider. At least 0, in the unit of the
+        features. 0 with gradient 0 where the features are equal.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -112,9 +112,9 @@ def _require_mask(name: str, mask: Tensor, shape: tuple[int, ...], student: Tens
 class AttentionMaskedLoss(LevelLoss):
     """See :func:`featkd.functional.attention_masked_loss`; masks and 1x1 adapter are its own.
 
-    The masks are made of the student's own features and the teacher's, as constants; the channel
-    mask takes the adapted student's where C_S differs from C_T, since a channel index means nothing
-    across them. Teacher features are constants.
+    The masks are made of the student's own features and the teacher's, as constants. Where C_S
+    differs from C_T a channel index means nothing across them: the channel mask then takes the
+    adapted student's. Teacher features are constants.
 
     Args:
         student_channels, teacher_channels: C_S and C_T.
@@ -124,8 +124,8 @@ class AttentionMaskedLoss(LevelLoss):
         reduction: as in the function.
         resize: as in :class:`featkd.AttentionTransferLoss`.
         normalize: divide by an all-zero student's loss under the same masks, image by image.
-        standardize: as in the function; the attention maps are standardised too before they make
-            masks, so that the temperature is in units of their standard deviation.
+        standardize: as in the function. The attention maps are standardised too before they make
+            masks: the temperature is in units of their standard deviation.
 
     Shape: student `(B, C_S, H, W)`, teacher `(B, C_T, H, W)`; result by `reduction`.
 

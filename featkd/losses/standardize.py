@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .._checks import require_choice, require_feature_map
 from ._blocks import takes_closed_form
-from ._closed_forms import OVER_POSITIONS, Dims, centred, correlation_distance
+from ._closed_forms import OVER_POSITIONS, Dims
+from ._correlation import centred, correlation_distance
 from ._numerics import compute_dtype
 from ._options import OVER, Over
 

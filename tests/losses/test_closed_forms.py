@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from featkd.losses import _closed_forms
+from featkd.losses import _closed_forms, _correlation
 from tests.helpers.tensors import close, leaves, normal
 
-DISTANCES = [_closed_forms.weighted_distance, _closed_forms.correlation_distance]
+DISTANCES = [_closed_forms.weighted_distance, _correlation.correlation_distance]
 each_distance = pytest.mark.parametrize("distance", DISTANCES)
 
 
@@ -31,7 +31,8 @@ def test_no_gradient_is_worked_out_for_a_side_that_needs_none(distance, side, mo
         products.append(features)
         return product(features, factors)
 
-    monkeypatch.setattr(_closed_forms, "product", counted)
+    for module in (_closed_forms, _correlation):
+        monkeypatch.setattr(module, "product", counted)
     pair[side].requires_grad_()
     distance(*pair).sum().backward()
     (features,) = products

@@ -1,0 +1,117 @@
+"""Half the mean squared difference of standardised features, with its own backward.
+
+Why: see `_closed_forms.py`. The plain formula stands in `standardize.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._blocks import channel_blocks, less, product, scaled
+from ._closed_forms import OVER_POSITIONS, Dims, of_all_channels
+from ._numerics import compute_dtype
+
+
+def correlation_distance(
+    a: Tensor, b: Tensor, by_position: Tensor | None = None, by_channel: Tensor | None = None
+) -> Tensor:
+    """Half the mean of `w v (s - t)^2` per image, `(B,)`, of `a` and `b` standardised."""
+    result: Tensor = _CorrelationDistance.apply(a, b, by_position, by_channel)
+    return result
+
+
+class _CorrelationDistance(torch.autograd.Function):
+    """Of a slope u at s goes through the standardisation (u - mean u - s mean(u s)) / sigma.
+
+    Here u is w v (s - t) / (CHW). The inputs and five numbers a channel are saved. Without w the
+    mean of s - t is 0, and that of (s - t) s half the sum of (s - t)^2 and s^2 - t^2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
+    ) -> Tensor:
+        dtype = compute_dtype(a, b, by_position, by_channel)
+        found = []
+        for block in channel_blocks(b):
+            sides = (centred(x[:, block].to(dtype), OVER_POSITIONS) for x in (a, b))
+            (s, of_a), (t, of_b) = sides
+            square = s.mul_(of_a[1]).sub_(t.mul_(of_b[1])).square_()
+            if by_position is not None:
+                square = square.mul_(by_position[:, None])
+            found.append(torch.stack((*of_a, *of_b, square.mean(OVER_POSITIONS, keepdim=True))))
+        numbers = of_all_channels(found, 2)
+        ctx.save_for_backward(a, b, by_position, by_channel, numbers)
+        energy = numbers[4, :, :, 0, 0]
+        if by_channel is not None:
+            energy = energy * by_channel
+        return energy.mean(1) / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, by_position, by_channel, numbers = ctx.saved_tensors
+        *moments, energy = numbers
+        known = by_position is None
+        if torch.is_grad_enabled():  # for a second derivative all depends on the features
+            known = False
+            moments = [x for y in (a, b) for x in centred(y.to(numbers.dtype), OVER_POSITIONS)[1]]
+        slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
+        weighted = slope if by_channel is None else slope * by_channel
+
+        def standardized(block: slice) -> list[Tensor]:
+            return [
+                scaled(x[:, block].to(mean.dtype) - mean[:, block], inverse[:, block])
+                for x, mean, inverse in ((a, *moments[:2]), (b, *moments[2:]))
+            ]
+
+        def gradient(side: int) -> Tensor:
+            inverse, other = moments[2 * side + 1], moments[3 - 2 * side]
+            half = (energy + (inverse != 0).to(energy) - (other != 0).to(energy)) / 2
+
+            def factors(block: slice) -> tuple[Tensor, Tensor]:
+                sides = standardized(block)
+                s, t = sides[side], sides[1 - side]
+                if known:
+                    u, along = s - t, half[:, block]
+                else:
+                    u = s - t if by_position is None else scaled(s - t, by_position[:, None])
+                    along = (u * s).mean(OVER_POSITIONS, keepdim=True)
+                    u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
+                factor = weighted[:, block, None, None] * inverse[:, block]
+                return less(u, scaled(s, along)), factor
+
+            return product((a, b)[side], factors)
+
+        to_a = gradient(0) if ctx.needs_input_grad[0] else None
+        to_b = gradient(1) if ctx.needs_input_grad[1] else None
+        to_position = to_channel = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            s, t = standardized(slice(None))
+            square = (s - t).square() / 2
+            if ctx.needs_input_grad[2]:
+                to_position = (square * weighted[:, :, None, None]).sum(1)
+            if ctx.needs_input_grad[3]:
+                square = square if by_position is None else square * by_position[:, None]
+                to_channel = square.sum(OVER_POSITIONS) * slope
+        return to_a, to_b, to_position, to_channel
+
+
+def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`x` less its mean over `dims`; the mean, and 1 over the deviation, or 0 if `x` is constant.
+
+    It counts as constant where its deviation is but the rounding of its mean.
+    """
+    mean = x.mean(dims, keepdim=True)
+    rest = x - mean
+    # What rounding left of the mean: of a constant nothing stays. 0 otherwise, derivatives too.
+    left = rest.detach().mean(dims, keepdim=True)
+    rest = less(rest, left)
+    variance = rest.square().mean(dims, keepdim=True)
+    constant = variance.sqrt() <= torch.finfo(x.dtype).eps * mean.abs()
+    # No `rsqrt`: its derivative has the variance to the power 3/2, which overflows before it.
+    inverse = variance.masked_fill(constant, torch.inf).sqrt().reciprocal()
+    return rest, (mean + left, inverse)
