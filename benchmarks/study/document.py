@@ -1,13 +1,29 @@
 """The document of all tables and its plots, from the lines."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.study.cells import best
+from benchmarks.study.cells import PLAIN, Interval, best
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, lines_of, pending, read_lines
 from benchmarks.study.plan import TABLES, tap_runs
-from benchmarks.study.plots import gains_plot, sensitivity_plot, teachers_plot
+from benchmarks.study.plots import gains_plot, overview_plot, sensitivity_plot, teachers_plot
 from benchmarks.study.runs import Line
-from benchmarks.study.tables import against_first, comparison, contestants, gains_table, report
+from benchmarks.study.tables import (
+    against_first,
+    comparison,
+    contestants,
+    differences,
+    gains_table,
+    report,
+)
+
+Tuned = dict[tuple[str, str], dict[str, Any]]
+# Of the overview: the title of a panel, by table and place.
+PANELS = {
+    ("main", "mean"): "dense scenes, three detectors, others tuned for each",
+    ("sparse", "fcos"): "sparse scenes, FCOS, one setting each",
+}
 
 
 def write(file: Path) -> None:
@@ -15,6 +31,7 @@ def write(file: Path) -> None:
     lines = read_lines(file)
     if not lines:
         raise SystemExit(f"no line of a run in {file}")
+    panels: dict[str, dict[str, Interval]] = {}
     parts = ["# Study\n\n`python -m benchmarks.study tables` writes this file and its plots."]
     for name, table in TABLES.items():
         try:
@@ -43,6 +60,7 @@ def write(file: Path) -> None:
                 comparison(*rivals),
             ]
             gains_plot(*rivals, plot)
+            panels |= panels_of(name, found, tuned)
             parts.append(f"![paired gains]({plot.name})")
         if name == "teachers":
             teachers_plot(found, file.with_name("teachers.png"))
@@ -54,9 +72,27 @@ def write(file: Path) -> None:
             chosen = best(found).items()
             items = [f"- {detector}, {method}: {values}" for (detector, method), values in chosen]
             parts.append("\n".join(["Best by mean AP:\n", *items]))
+    if len(panels) == len(PANELS):
+        overview_plot(panels, file.with_name("overview.png"))
     document = file.with_name("tables.md")
     document.write_text("\n\n".join(parts) + "\n")
     print(document)
+
+
+def panels_of(table: str, lines: Sequence[Line], tuned: Tuned) -> dict[str, dict[str, Interval]]:
+    """By title the gain of every method that is at that place."""
+    found = {}
+    for (name, place), title in PANELS.items():
+        if name == table:
+            there = [line for line in lines if place in ("mean", line["detector"])]
+            ours, others = contestants(there, tuned)
+            gains = {
+                method.removesuffix(", taps fpn"): differences(each, others[PLAIN]).get(place)
+                for method, each in (*ours.items(), *others.items())
+                if method != PLAIN
+            }
+            found[title] = {method: gain for method, gain in gains.items() if gain is not None}
+    return found
 
 
 def as_mask_line(line: Line) -> Line:

@@ -92,6 +92,9 @@ def gains_table(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]
         if name != PLAIN
     }
     columns = list(dict.fromkeys(column for each in found.values() for column in each))
+    for gains in found.values():
+        if len(gains) < len(columns):  # the mean over some detectors is none to compare
+            del gains["mean"]
     return compared("method", columns, list(found.items()))
 
 
