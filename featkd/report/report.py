@@ -21,7 +21,7 @@ NO_DETECTOR_LOSS = (
     "The detector's loss is not known: the student returned none (torchvision's detectors return "
     "theirs in training mode alone: `distiller.train()`)."
 )
-AIM = "Aim at about 1: 2 to 4 at the start of training, 1 to 2 at its end."
+AIM = "Aim at 1 to 4; it falls while the student trains."
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
         return "the detector's loss has no gradient where the distillation's is: none to compare."
     text = f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
     if 0 < ratio < math.inf and not 0.5 <= ratio <= 4:
-        text += f" Multiply the weights by {1 / ratio:.2g}."
+        text += f" Multiply the weights by {2 / ratio:.2g}."
     return text
 
 
