@@ -2,14 +2,26 @@
 
 import argparse
 import math
-import os
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 import featkd
 from examples.detection.detectors import COMPACT, STOCK
+from examples.detection.devices import wrong_device
+from examples.detection.models import (
+    BUILDERS,
+    FIXED_SIZES,
+    MOBILENETS,
+    NAMES,
+    RESNETS,
+    STARTS,
+    cannot_start,
+    name_of,
+)
+from examples.detection.models import COMPACT as COMPACT_NAMES
 
 PRESETS = {
     "standardized": featkd.STANDARDIZED,
@@ -27,21 +39,46 @@ QUICK = {
     "held_out_images": 24,
     "evaluations": 2,
 }
+DRAWN = ("scenes", "sparse")
 # Options that would do nothing without another: what they want, in words and as a test.
-WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], bool]]] = {
+WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     **dict.fromkeys(
         ("images", "annotations", "val_images", "val_annotations"),
         ("--data coco", lambda options: options.data == "coco"),
     ),
     **dict.fromkeys(
         ("train_images", "held_out_images"),
-        ("--data scenes", lambda options: options.data == "scenes"),
+        ("--data scenes or sparse", lambda options: options.data in DRAWN),
     ),
-    "teacher_steps": ("no --teacher", lambda options: options.teacher is None),
+    "deeppcb": ("--data deeppcb", lambda options: options.data == "deeppcb"),
+    "flip": ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    "detector": (
+        "a model that is no whole detector of torchvision",
+        lambda options: {options.student, options.teacher_model} - {*BUILDERS},
+    ),
+    **dict.fromkeys(
+        ("teacher_steps", "teacher_weights"),
+        ("no --teacher", lambda options: options.teacher is None),
+    ),
     "overwrite": ("no --resume", lambda options: not options.resume),
 }
 # Scenes of seeds from here on are held out.
 HELD_OUT_SEED = 2**32
+
+
+def listed(names: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(names), 90, initial_indent="    ", subsequent_indent="    ")
+
+
+EPILOG = f"""MODEL is one of
+  a compact network under --detector:
+{listed(COMPACT_NAMES)}
+  a backbone of torchvision, with an FPN under --detector at full size:
+{listed((*RESNETS, *MOBILENETS))}
+  a whole detector of torchvision:
+{listed(BUILDERS)}
+The run's folder gets results.json, three pictures, teacher.pt, plain.pt and student.pt (each a
+state dict), and with --export student.pt2. --dry-run goes with any other options."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -66,31 +103,57 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in 0..1, got {text}")
+    return value
+
+
+def start(text: str) -> str | Path:
+    """Where weights come from: a word, or a file."""
+    return text if text in STARTS else Path(text)
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.detection",
         usage="%(prog)s [options]",
         description=description,
+        epilog=EPILOG,
         formatter_class=Help,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("models").add_argument
     add("--detector", choices=(*COMPACT, *STOCK), default="fcos", help="of teacher and students")
+    add("--student", metavar="MODEL", choices=NAMES, help="None: that of --detector; see below")
+    add("--teacher-model", metavar="MODEL", choices=NAMES, help="likewise")
+    weights = "none, imagenet, coco (torchvision's own) or a file, to train on from"
+    add("--student-weights", type=start, default="none", help=weights)
+    add("--teacher-weights", type=start, default="none", help=weights)
+    add("--teacher", type=Path, help="a trained teacher.pt, to use as it is; None: train one")
     add("--preset", choices=PRESETS, default="standardized", help="the distillation loss's weights")
     add("--taps", choices=("fpn", "stages"), default="fpn", help="the FPN's outputs or its inputs")
-    add("--data", choices=("scenes", "coco"), default="scenes", help="drawn, or a folder of yours")
+    add = parser.add_argument_group("data").add_argument
+    kinds = "drawn, drawn with small objects, a COCO folder of yours, or DeepPCB's"
+    add("--data", choices=(*DRAWN, "coco", "deeppcb"), default="scenes", help=kinds)
     add("--images", type=Path, help="coco: folder of the training images")
     add("--annotations", type=Path, help="coco: annotation file of the training images")
     add("--val-images", type=Path, help="coco: folder of the held-out images")
     add("--val-annotations", type=Path, help="coco: their annotations; None: every tenth image")
-    add("--teacher", type=Path, help="a teacher.pt of an earlier run; None: train one")
+    add("--deeppcb", type=Path, help="deeppcb: its folder, a clone or its PCBData")
+    add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
+    add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
+    add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
+    size = "shorter side in the model; None: 96, tiles 160, torchvision's models 800"
+    add("--size", type=whole(1), help=size)
+    add = parser.add_argument_group("training").add_argument
     add("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
     add("--steps", type=whole(1), default=600, help="of each student")
     add("--batch-size", type=whole(1), default=8, help="over all processes")
-    add("--learning-rate", type=rate, default=3e-3, help="at its highest")
-    add("--size", type=whole(1), help="shorter side in the model; None: 96, stock detectors 800")
-    add("--train-images", type=whole(1), default=4000, help="scenes: how many to train on")
-    add("--held-out-images", type=whole(1), default=300, help="scenes: how many to evaluate on")
+    highest = "at its highest; None: 0.003, with models of torchvision 0.0002"
+    add("--learning-rate", type=rate, help=highest)
     add("--evaluations", type=whole(1), default=4, help="of the held-out images, in each training")
+    add = parser.add_argument_group("the run").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda or cuda:N; with torchrun cpu or cuda")
     add("--amp", action="store_true", help="bfloat16 autocast")
@@ -99,6 +162,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--workers", type=whole(0), default=0, help="of the data loaders")
     add("--checkpoint-every", type=whole(1), default=100, help="steps")
     add("--output", type=Path, default=Path("runs/distill_detector"), help="folder of the run")
+    looks = "look at data, models, one step's gradients, time and memory; write nothing"
+    add("--dry-run", action="store_true", help=looks)
+    add("--export", action="store_true", help="write the student by torch.export too")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--overwrite", action="store_true", help="replace the run in --output, if there is one")
     quick = ", ".join(f"{option(name)} {value}" for name, value in QUICK.items())
@@ -123,8 +189,26 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         words, met = WANTS.get(name, ("", lambda options: True))
         if not met(options):
             parser.error(f"{option(name)} does nothing here: it wants {words}")
+    models = {role: name_of(options, role) for role in ("student", "teacher")}
+    compact = COMPACT_NAMES.keys() >= {*models.values()}
+    if options.learning_rate is None:
+        options.learning_rate = 3e-3 if compact else 2e-4
+    if options.flip is None:
+        options.flip = 0.0 if options.data in DRAWN else 0.5
+    fixed = {FIXED_SIZES[name] for name in models.values() if name in FIXED_SIZES}
+    if len(fixed) > 1:
+        parser.error(f"{' and '.join(models.values())} take images of one size each, and not one")
+    if fixed and options.size not in (None, *fixed):
+        parser.error(f"--size must be {min(fixed)}, which one of the models has fixed")
     if options.size is None:
-        options.size = 800 if options.detector in STOCK else 96
+        small = 160 if options.data in ("sparse", "deeppcb") else 96
+        options.size = min(fixed, default=small if compact else 800)
+    for role, name in models.items():
+        weights = getattr(options, f"{role}_weights")
+        if why := cannot_start(name, weights):
+            parser.error(f"--{role}-weights {weights} {why}; the {role} is {name}")
+    if options.data == "deeppcb" and not options.deeppcb:
+        parser.error("--data deeppcb wants --deeppcb DIR")
     if options.data == "coco" and not (options.images and options.annotations):
         parser.error("--data coco wants --images DIR and --annotations FILE")
     if bool(options.val_images) != bool(options.val_annotations):
@@ -134,24 +218,3 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     if (wrong := wrong_device(options.device)) is not None:
         parser.error(f"--device {options.device}: {wrong}")
     return options
-
-
-def wrong_device(name: str) -> str | None:
-    """Why there is no such device here, or None."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return "torch knows no such device"
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA GPU here"
-        if device.index is not None and "WORLD_SIZE" in os.environ:
-            return "torchrun gives each process its GPU, so that it must be cuda"
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            return f"there are {torch.cuda.device_count()} CUDA GPUs here, counted from 0"
-        return None
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        return str(error).splitlines()[0]
-    return None

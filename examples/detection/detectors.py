@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
 import featkd
+from examples.detection.processes import JobError
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
 # Compact too; its targets hold masks.
@@ -93,8 +94,9 @@ def compact_backbone(shape: str | Shape) -> BackboneWithFPN:
 
 
 def levels_of(model: nn.Module) -> list[str]:
-    """The paths of the stages that enter the FPN."""
-    return [f"backbone.body.{stage}" for stage in model.backbone.body.return_layers]
+    """The paths of the stages that enter the FPN; none without one."""
+    body = getattr(model.backbone, "body", None)
+    return [] if body is None else [f"backbone.body.{stage}" for stage in body.return_layers]
 
 
 def fpn_outputs(model: nn.Module) -> dict[str, str]:
@@ -107,17 +109,34 @@ def tapped(
 ) -> tuple[dict[str, tuple[str, str]], list[dict[str, int]]]:
     """The levels' paths in both models, and both models' channels.
 
-    `taps` is `"fpn"`, or `"stages"` for what enters the FPN.
+    `taps` is `"fpn"`, or `"stages"` for what enters the FPN. Levels of other models than a pair
+    with one FPN are those that :func:`featkd.match_layers` finds; without an FPN, of stages.
     """
-    if taps == "fpn":
+    if taps == "fpn" and strides(student) == strides(teacher) != []:
         paths = fpn_outputs(student)
         channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
         return {level: (path, path) for level, path in paths.items()}, channels
     match = featkd.match_layers(student, teacher, [torch.zeros(3, size, size)])
-    stages = levels_of(student)
-    pairs = {**match.pairs, **match.others}
-    match = match.select(*(level for level, (ours, _) in pairs.items() if ours.path in stages))
+    if taps == "stages" or not match.others:
+        # Without an FPN those below stride 8 are none that a head takes.
+        wanted = strides(student) or [8, 16, 32]
+        pairs = {**match.pairs, **match.others}
+        found = [name for name, (ours, _) in pairs.items() if ours.stage and ours.stride in wanted]
+        if not found:
+            raise JobError("student and teacher must have a stage of one stride, got none to tap")
+        match = match.select(*found)
     return match.layers, [match.student_channels, match.teacher_channels]
+
+
+@torch.no_grad()
+def strides(model: nn.Module) -> list[int]:
+    """Of what the FPN puts out for the stages; none without an FPN."""
+    if not (levels := levels_of(model)):
+        return []
+    training = model.training
+    maps = list(model.eval().backbone(torch.zeros(1, 3, 64, 64)).values())
+    model.train(training)
+    return [64 // maps[i].shape[-1] for i, _ in enumerate(levels)]
 
 
 class NoExtraLevels(detection.backbone_utils.ExtraFPNBlock):

@@ -38,3 +38,11 @@ class Progress:
     def say(self, text: str) -> None:
         self.bar.write(text)
         sys.stdout.flush()
+
+
+def expected(seconds: float) -> str:
+    """In words; evaluations are not counted."""
+    if seconds < 100:
+        return f"about {seconds:.0f} s of training"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return "about " + (f"{hours} h " if hours else "") + f"{minutes} min of training"

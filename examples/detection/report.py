@@ -18,8 +18,7 @@ from torchvision.ops import nms
 
 import featkd
 from examples.detection.checkpoints import Curve
-from examples.detection.detectors import LEVELS, fpn_outputs
-from examples.detection.run_folder import PICTURES, RESULTS, RunFolder
+from examples.detection.run_folder import PICTURES, RESULTS, WEIGHTS, RunFolder
 from examples.detection.training import METRICS, collate
 
 TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
@@ -47,6 +46,7 @@ def write_report(
     folder: RunFolder,
     runs: dict[str, Curve],
     models: dict[str, nn.Module],
+    layers: dict[str, tuple[str, str]],
     held_out: Dataset[Any],
     classes: tuple[str, ...],
     device: torch.device,
@@ -55,8 +55,9 @@ def write_report(
     curves, attention, detections = (folder.path / name for name in PICTURES)
     images, targets = collate([held_out[i] for i in range(min(4, len(held_out)))])
     plot_curves(runs, curves)
-    path = fpn_outputs(models["teacher"])["p0"] if options.taps == "fpn" else LEVELS[0]
-    plot_attention(models, images[0], path, device, attention)
+    ours, theirs = next(iter(layers.values()))
+    paths = {"teacher": theirs, "plain": ours, "distilled": ours}
+    plot_attention(models, images[0], paths, device, attention)
     plot_detections(models, images, targets, classes, device, detections)
     results = {
         "options": vars(options),
@@ -74,7 +75,7 @@ def write_report(
     folder.write(RESULTS, json.dumps(results, indent=1, default=str))
     print()
     print(table(runs))
-    print(f"\n{RESULTS}, {', '.join(PICTURES)} are in {folder.path}")
+    print(f"\n{RESULTS}, {', '.join((*PICTURES, *WEIGHTS.values()))} are in {folder.path}")
 
 
 def plot_curves(runs: dict[str, Curve], file: Path) -> None:
@@ -97,7 +98,11 @@ def plot_curves(runs: dict[str, Curve], file: Path) -> None:
 
 @torch.no_grad()
 def plot_attention(
-    models: dict[str, nn.Module], image: Tensor, path: str, device: torch.device, file: Path
+    models: dict[str, nn.Module],
+    image: Tensor,
+    paths: dict[str, str],
+    device: torch.device,
+    file: Path,
 ) -> None:
     """Each model's spatial attention mask over an image, sharper from right to left (figure 4)."""
     columns = 1 + len(TEMPERATURES)
@@ -106,9 +111,9 @@ def plot_attention(
     )
     height, width = image.shape[-2:]
     for row, (name, model) in zip(axes, models.items(), strict=True):
-        with featkd.FeatureTap(model.eval(), [path]) as tap:
+        with featkd.FeatureTap(model.eval(), [paths[name]]) as tap:
             model([image.to(device)])
-            attention = featkd.spatial_attention(tap.pop()[path])
+            attention = featkd.spatial_attention(tap.pop()[paths[name]])
         show(row[0], image)
         row[0].set_ylabel(name)
         grey = image.mean(0, keepdim=True).expand_as(image)

@@ -20,19 +20,27 @@ except ImportError:  # Windows has none.
 
 JOB = "featkd/distill_detector"
 MODELS = ("teacher", "plain", "distilled")
+# Of each run, what it leaves: the one that all was done for is the student.
+WEIGHTS = {"teacher": "teacher.pt", "plain": "plain.pt", "distilled": "student.pt"}
+EXPORTED = "student.pt2"
 ENDINGS = (".pt", ".partial", ".checkpoint.pt", ".checkpoint.partial")
 PICTURES = ("curves.png", "attention.png", "detections.png")
 RESULTS = "results.json"
 CONFIG = "config.json"
 WRITTEN = (
     *(f"{model}{ending}" for model in MODELS for ending in ENDINGS),
+    "student.pt",
+    "student.partial",
+    EXPORTED,
     *PICTURES,
     RESULTS,
     "results.partial",
     CONFIG,
 )
+# Options that name a file.
+GIVEN = ("teacher", "teacher_weights", "student_weights", "annotations", "val_annotations")
 # What may differ between an interrupted run and its resumption.
-FREE = {"resume", "overwrite", "quick", "workers", "checkpoint_every", "output"}
+FREE = {"resume", "overwrite", "quick", "workers", "checkpoint_every", "output", "dry_run"}
 
 
 class RunFolder:
@@ -114,8 +122,8 @@ class RunFolder:
 
     def refuse_to_overwrite_what_is_given(self) -> None:
         """But for a given `teacher.pt`, in whose place nothing need be written."""
-        for option in ("teacher", "annotations", "val_annotations"):
-            file: Path | None = getattr(self.options, option)
+        for option in GIVEN:
+            file: Path | str | None = getattr(self.options, option)
             for name in WRITTEN:
                 if same(self.path / name, file) and (option, name) != ("teacher", "teacher.pt"):
                     raise JobError(
@@ -160,8 +168,11 @@ class RunFolder:
             print(f"{self.path} knows no locks ({error.strerror}): start no second job in it")
 
 
-def same(file: Path, named: Path | None) -> bool:
-    return named is not None and file.exists() and named.exists() and file.samefile(named)
+def same(file: Path, named: Path | str | None) -> bool:
+    # Weights may be named by a word.
+    if not isinstance(named, Path):
+        return False
+    return file.exists() and named.exists() and file.samefile(named)
 
 
 def restarted(before: dict[str, Any]) -> bool:

@@ -17,19 +17,24 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2 import functional as F
 
+from examples.detection.augmentation import flipped
 from examples.detection.checkpoints import Curve, load, save
 from examples.detection.interrupts import interrupts, leave_interrupts_to_main
 from examples.detection.processes import JobError, any_rank, of_all_ranks, world
-from examples.detection.progress import Progress
+from examples.detection.progress import Progress, expected
 
 METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 MASK_METRICS = ("mask_map", "mask_map_50", "mask_map_75")
 GRADIENT = "the gradient's norm"
+FIRST = 10  # steps that tell the time of the others
 
 
 @dataclass
 class Settings:
-    """What a run needs beside its model and data; `area_scale` see :func:`evaluate`."""
+    """What a run needs beside its model and data; `area_scale` see :func:`evaluate`.
+
+    `flip` is the share of the training images that are mirrored, left for right.
+    """
 
     batch_size: int
     learning_rate: float
@@ -40,6 +45,7 @@ class Settings:
     checkpoint_every: int
     evaluations: int
     area_scale: float
+    flip: float = 0.0
 
 
 class Alone(nn.Module):
@@ -127,11 +133,14 @@ def train(
         worker_init_fn=leave_interrupts_to_main,
     )
     marks = {steps * (i + 1) // settings.evaluations for i in range(settings.evaluations)}
-    started = time.perf_counter() - curve.seconds
+    begun = time.perf_counter()
+    started = begun - curve.seconds
     saved = done
     with interrupts() as asked, Progress(name, steps, done, "step", silent=rank > 0) as progress:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
+            if settings.flip:
+                batch = flipped(batch, settings.flip, settings.seed, step, settings.batch_size)
             # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
             optimizer.zero_grad()
@@ -149,6 +158,9 @@ def train(
             curve.losses.append(sum(terms[key] for key in losses))
             curve.distillation.append(sum(terms[key] for key in distillation))
             both = {"loss": curve.losses[-1], "distillation": curve.distillation[-1]}
+            if step == done + FIRST and step < steps:
+                spent = time.perf_counter() - begun
+                progress.say(f"{name}: {expected(spent * (steps - step) / FIRST)} to go")
             progress.advance(", ".join(f"{k} {v:.2f}" for k, v in both.items() if v))
             if step in marks:
                 if rank == 0:

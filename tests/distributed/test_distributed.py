@@ -26,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from examples.detection import __main__ as job
 from examples.detection import checkpoints, detectors, training
+from examples.detection.models import new_detector
+from examples.detection.parts import new_distiller
+from examples.detection.scenes import Scenes
 from featkd import Distiller
 from tests.helpers.models import LEVELS, Net, distillation_loss, images
 
@@ -71,13 +74,13 @@ def in_float64_by_running_statistics(student, args):
 
 
 def scenes():
-    return job.Scenes(0, 12)
+    return Scenes(0, 12)
 
 
 def detector():
     """The main job's distiller, with the same start in every process."""
-    student, teacher = (job.new_detector(OPTIONS, role, 5) for role in ("student", "teacher"))
-    distiller = job.new_distiller(OPTIONS, student, teacher).double()
+    student, teacher = (new_detector(OPTIONS, role, 5) for role in ("student", "teacher"))
+    distiller = new_distiller(OPTIONS, student, teacher).double()
     teacher.double()
     student.register_forward_pre_hook(in_float64_by_running_statistics)
     return distiller

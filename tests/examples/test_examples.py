@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--quick", "--steps", "4", "--checkpoint-every", "2"]
 TEACHER = ["--teacher-steps", "4"]
 DRAWS = ["--detector", "faster_rcnn"]
-FILES = {"results.json", "curves.png", "attention.png", "detections.png", "teacher.pt"}
+PICTURES = {"curves.png", "attention.png", "detections.png"}
+FILES = {"results.json", *PICTURES, "teacher.pt", "plain.pt", "student.pt"}
 
 
 def run(*arguments: str | Path) -> None:
@@ -54,8 +55,10 @@ def test_the_job_leaves_pictures_and_results(finished: Path) -> None:
 @pytest.mark.parametrize("taps", ["fpn", "stages"])
 @pytest.mark.parametrize("detector", ["fcos", "fasterrcnn_resnet50_fpn"])
 def test_what_enters_or_leaves_the_fpn_is_distilled(detector: str, taps: str) -> None:
-    from examples.detection.__main__ import new_detector, new_distiller, parse
+    from examples.detection.__main__ import parse
     from examples.detection.detectors import levels_of, tapped
+    from examples.detection.models import new_detector
+    from examples.detection.parts import new_distiller
 
     options = parse(["--detector", detector, "--taps", taps, "--size", "96"])
     student, teacher = (new_detector(options, role, 5) for role in ("student", "teacher"))
@@ -118,7 +121,7 @@ def test_a_broken_job_resumes_to_the_same_result(
 
     run(*DRAWS, "--output", tmp_path, "--resume")
     assert "distilled - plain" in capsys.readouterr().out
-    for name in ("teacher.pt", "plain.pt", "distilled.pt"):
+    for name in ("teacher.pt", "plain.pt", "student.pt"):
         whole = torch.load(finished / name, weights_only=True)
         resumed = torch.load(tmp_path / name, weights_only=True)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -156,7 +159,7 @@ def test_a_finished_run_and_its_teacher_outlive_the_next_job(
     after = contents(folder)
     assert after["teacher.pt"] == before["teacher.pt"]
     assert "teacher.checkpoint.pt" not in after
-    assert after["distilled.pt"] != before["distilled.pt"]
+    assert after["student.pt"] != before["student.pt"]
     assert after["plain.pt"] == before["plain.pt"]
     options = json.loads(after["results.json"])["options"]
     assert (options["amp"], options["seed"], options["learning_rate"]) == (False, 0, 3e-3)
@@ -278,7 +281,7 @@ def test_a_job_that_loses_a_process_repeats_the_steps_since_its_checkpoint_alone
     # Three models of 4 steps, a checkpoint every second.
     assert begun["rank 1, restart 0"] == 12
     assert begun["rank 0, restart 1"] == begun["rank 1, restart 1"] == 2
-    for name in ("teacher.pt", "plain.pt", "distilled.pt"):
+    for name in ("teacher.pt", "plain.pt", "student.pt"):
         whole = torch.load(two_processes[0] / name, weights_only=True)
         restarted = torch.load(output / name, weights_only=True)
         assert all(torch.equal(whole[key], restarted[key]) for key in whole)

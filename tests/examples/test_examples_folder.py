@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 COCO = ["--data", "coco", "--images", "I", "--annotations", "A"]
+WHOLE = ["--student", "ssdlite320_mobilenet_v3_large"]
 
 
 def parse(*arguments: str | Path) -> Any:
@@ -26,8 +27,8 @@ BAD_OPTIONS = {
     "held-out without coco": (["--val-images", "I"], "--val-images does nothing here"),
     "their annotations": (["--val-annotations", "A"], "--val-annotations does nothing here"),
     "scenes in coco": ([*COCO, "--train-images", "4"], "--train-images does nothing here"),
-    "held-out scenes": ([*COCO, "--held-out-images", "4"], "it wants --data scenes"),
-    "its default too": ([*COCO, "--held-out-images", "300"], "it wants --data scenes"),
+    "held-out scenes": ([*COCO, "--held-out-images", "4"], "it wants --data scenes or sparse"),
+    "its default too": ([*COCO, "--held-out-images", "300"], "it wants --data scenes or sparse"),
     "no teacher to train": (
         ["--teacher", __file__, "--teacher-steps", "9"],
         "--teacher-steps does nothing here: it wants no --teacher",
@@ -36,6 +37,46 @@ BAD_OPTIONS = {
     "coco alone": (["--data", "coco"], "wants --images DIR and --annotations FILE"),
     "half": ([*COCO, "--val-images", "I"], "--val-images and --val-annotations go together"),
     "no teacher there": (["--teacher", "nowhere.pt"], "--teacher must be a file, got nowhere.pt"),
+    "deeppcb's folder": (
+        ["--deeppcb", "D"],
+        "--deeppcb does nothing here: it wants --data deeppcb",
+    ),
+    "deeppcb alone": (["--data", "deeppcb"], "--data deeppcb wants --deeppcb DIR"),
+    "scenes in deeppcb": (
+        ["--data", "deeppcb", "--deeppcb", "D", "--train-images", "4"],
+        "--train-images does nothing here: it wants --data scenes or sparse",
+    ),
+    "scenes mirrored": (["--flip", "0.5"], "--flip does nothing here: it wants --data coco or"),
+    "too often mirrored": ([*COCO, "--flip", "2"], "--flip: must be in 0..1, got 2"),
+    "no such model": (["--student", "resnet9"], "--student: invalid choice: 'resnet9'"),
+    "a detector beside two": (
+        ["--detector", "fcos", *WHOLE, "--teacher-model", "retinanet_resnet50_fpn_v2"],
+        "--detector does nothing here: it wants a model that is no whole detector",
+    ),
+    "weights of a trained one": (
+        ["--teacher", __file__, "--teacher-weights", "imagenet"],
+        "--teacher-weights does nothing here: it wants no --teacher",
+    ),
+    "compact ones": (
+        ["--student-weights", "imagenet"],
+        "--student-weights imagenet wants a model of torchvision: the compact ones have no such",
+    ),
+    "coco's backbones": (
+        ["--student", "resnet18", "--student-weights", "coco"],
+        "--student-weights coco wants a whole detector of torchvision, as retinanet_resnet50_fpn",
+    ),
+    "no such weights": (
+        ["--teacher-weights", "nowhere.pt"],
+        "--teacher-weights nowhere.pt must be one of none, imagenet, coco, or a file",
+    ),
+    "a fixed size": (
+        [*WHOLE, "--size", "96"],
+        "--size must be 320, which one",
+    ),
+    "two fixed sizes": (
+        [*WHOLE, "--teacher-model", "ssd300_vgg16"],
+        "images of one size each",
+    ),
     "no steps": (["--steps", "0"], "--steps: must be at least 1, got 0"),
     "no evaluations": (["--evaluations", "0"], "--evaluations: must be at least 1"),
     "no checkpoints": (["--checkpoint-every", "0"], "--checkpoint-every: must be at least 1"),

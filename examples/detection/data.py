@@ -1,0 +1,55 @@
+"""What `--data` names: pictures to train on, pictures held out, and the classes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+
+from examples.detection.coco import CocoError, CocoFolder
+from examples.detection.command_line import HELD_OUT_SEED
+from examples.detection.deeppcb import DeepPCB
+from examples.detection.scenes import DENSE, SPARSE, Scenes
+
+KINDS = {"scenes": DENSE, "sparse": SPARSE}
+# COCO's small objects are under 32 pixels wide: a third of a scene of 96; tiles are at half size.
+AREA_SCALES = {"scenes": 2.0, "sparse": 2.0, "deeppcb": 2.0, "coco": 1.0}
+Data = tuple[Dataset[Any], Dataset[Any], tuple[str, ...]]
+
+
+def load_data(options: argparse.Namespace) -> Data:
+    """Training data, held-out data and the names of the classes, the background first."""
+    if options.data in KINDS:
+        kind = KINDS[options.data]
+        data = Scenes(options.seed, options.train_images, kind=kind)
+        # The held-out scenes are the same for all seeds.
+        return data, Scenes(HELD_OUT_SEED, options.held_out_images, kind=kind), data.classes
+    if options.data == "deeppcb":
+        return *(DeepPCB(options.deeppcb, part) for part in ("train", "test")), DeepPCB.classes
+    return load_coco(options)
+
+
+def load_coco(options: argparse.Namespace) -> Data:
+    data = read_coco(options.images, options.annotations)
+    if options.val_images is not None:
+        held_out = read_coco(options.val_images, options.val_annotations)
+        if held_out.classes != data.classes:
+            raise CocoError("--val-annotations must have the categories of --annotations")
+        return data, held_out, data.classes
+    tenth = range(0, len(data), 10)
+    rest = [i for i in range(len(data)) if i % 10]
+    print(f"held out: every tenth of the {len(data)} images")
+    for part, indices in (("training", rest), ("held-out", tenth)):
+        if all(data.starts[i] == data.starts[i + 1] for i in indices):
+            raise CocoError(
+                f"the {part} images must hold at least one box, got none in {len(indices)} of "
+                f"{options.annotations}: give --val-images and --val-annotations"
+            )
+    return Subset(data, rest), Subset(data, tenth), data.classes
+
+
+def read_coco(images: Path, annotations: Path) -> CocoFolder:
+    data = CocoFolder(images, annotations)
+    for note in data.notes:
+        print(note)
+    return data

@@ -1,0 +1,58 @@
+"""The parts of a run, from its options."""
+
+import argparse
+
+import torch
+from torch import nn
+
+import featkd
+from examples.detection.checkpoints import load_teacher
+from examples.detection.command_line import PRESETS
+from examples.detection.data import AREA_SCALES
+from examples.detection.detectors import tapped
+from examples.detection.models import new_detector
+from examples.detection.training import Settings
+
+
+def new_distiller(
+    options: argparse.Namespace, student: nn.Module, teacher: nn.Module
+) -> featkd.Distiller:
+    layers, channels = tapped(student, teacher, options.taps, options.size)
+    loss = featkd.FeatureDistillationLoss(*channels, hyperparameters=PRESETS[options.preset])
+    return featkd.Distiller(student, teacher, loss, layers, shared_input="backbone")
+
+
+def new_models(options: argparse.Namespace, classes: int) -> dict[str, nn.Module]:
+    """By the names of their runs; both students have one start."""
+    roles = {"teacher": "teacher", "plain": "student", "distilled": "student"}
+    models = {name: new_detector(options, role, classes) for name, role in roles.items()}
+    if options.teacher is not None:
+        load_teacher(models["teacher"], options.teacher)
+    return models
+
+
+def new_settings(options: argparse.Namespace, device: torch.device) -> Settings:
+    return Settings(
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        device=device,
+        amp=options.amp,
+        workers=options.workers,
+        checkpoint_every=options.checkpoint_every,
+        evaluations=options.evaluations,
+        area_scale=AREA_SCALES[options.data],
+        flip=options.flip,
+    )
+
+
+def budget(options: argparse.Namespace, pictures: int) -> str:
+    """What is going to be trained; the first ten steps of each tell the time."""
+    steps = {"plain": options.steps, "distilled": options.steps}
+    if options.teacher is None:
+        steps = {"teacher": options.teacher_steps, **steps}
+    parts = [
+        f"{name} {count:,} ({count * options.batch_size / pictures:.1f} epochs)"
+        for name, count in steps.items()
+    ]
+    return f"steps of {options.batch_size} of {pictures:,} pictures: {', '.join(parts)}"

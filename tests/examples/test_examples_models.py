@@ -1,0 +1,188 @@
+"""Models of one's choice in the main job, on one's own pictures: looked at, trained, exported."""
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+
+from examples.detection.__main__ import main, parse
+from examples.detection.augmentation import flipped
+from examples.detection.exporting import difference, export
+from examples.detection.models import new_detector
+from examples.detection.parts import new_distiller
+from examples.detection.processes import JobError
+from examples.detection.progress import expected
+from examples.detection.scenes import Scenes
+from tests.helpers.coco_folder import write_coco
+from tests.helpers.deeppcb_folder import write_deeppcb
+
+R18_FROM_R50 = ["--detector", "retinanet", "--student", "resnet18", "--teacher-model", "resnet50"]
+BATCH = (
+    [torch.rand(3, 120, 160), torch.rand(3, 160, 120)],
+    [{"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.tensor([1])}] * 2,
+)
+
+
+@pytest.mark.slow
+def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsys: Any) -> None:
+    torch.set_num_threads(1)
+    images, annotations = write_coco(tmp_path / "data", 12)
+    data = ["--data", "coco", "--images", images, "--annotations", annotations, "--size", "96"]
+    steps = ["--teacher-steps", 2, "--steps", 2, "--batch-size", 2, "--evaluations", 1]
+    command = [*map(str, [*R18_FROM_R50, *data, *steps, "--output", tmp_path / "run"])]
+    main([*command, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    for text in (
+        "training: 10 pictures; of 10 of them:\n  width 100 to 100, height 80 to 80 pixels",
+        "boxes by class: tall 4, wide 5",
+        "held out: 2 pictures",
+        "p3     8       backbone[0]",
+        "loss_attention_masked",
+        "steps of 2 of 10 pictures: teacher 2 (0.4 epochs), plain 2 (0.4 epochs), distilled 2",
+        "s a step",
+        "of training, and 3 evaluations of about",
+        "peak memory",
+        "nothing has been written",
+    ):
+        assert text in printed
+    main([*command, "--export"])
+    printed = capsys.readouterr().out
+    assert "student.pt2: " in printed
+    state = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
+    student = new_detector(parse(command), "student", 3)
+    student.load_state_dict(state)
+    # It starts another training, and of other classes all but what tells classes.
+    file = str(tmp_path / "run" / "student.pt")
+    start = [*R18_FROM_R50, "--size", "96", "--student-weights", file]
+    student = new_detector(parse(start), "student", 5)
+    assert torch.equal(student.backbone.body.conv1.weight, state["backbone.body.conv1.weight"])
+    assert "start anew: head.classification_head.cls_logits.weight" in capsys.readouterr().out
+    with pytest.raises(JobError, match="must have the names of this model's weights"):
+        new_detector(parse(["--student-weights", file]), "student", 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "strides"),
+    [
+        ([*R18_FROM_R50, "--size", "96"], "p0 p1 p2"),
+        (["--student", "compact_regnet", "--teacher-model", "resnet18", "--size", "96"], "p3 p4"),
+        (["--student", "compact_mobilenet", "--taps", "stages"], "c2 c3 c4"),
+        (["--student", "ssdlite320_mobilenet_v3_large", "--teacher-model", "resnet18"], "c3 c4 c5"),
+        (["--data", "sparse"], "p0 p1 p2"),
+    ],
+)
+def test_levels_of_models_of_any_two_kinds_are_distilled(command: Any, strides: str) -> None:
+    options = parse(command)
+    student, teacher = (new_detector(options, role, 4) for role in ("student", "teacher"))
+    distiller = new_distiller(options, student, teacher)
+    assert list(distiller.loss.channels) == strides.split()
+    _, losses = distiller(*BATCH)
+    assert losses["loss_attention_masked"] > 0
+
+
+def test_small_objects_have_the_fcos_that_is_made_for_them() -> None:
+    sizes = [
+        new_detector(parse(["--data", *data]), "student", 4).anchor_generator.sizes[0]
+        for data in (["scenes"], ["sparse"], ["deeppcb", "--deeppcb", "D"])
+    ]
+    assert sizes == [(2,), (1,), (1,)]
+
+
+@pytest.mark.parametrize("start", ["imagenet", "coco"])
+def test_weights_that_cannot_be_downloaded_are_one_line(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    model = ["--student", "ssdlite320_mobilenet_v3_large", "--student-weights", start]
+    with pytest.raises(
+        JobError, match=f"--student-weights {start}: .*no route.*a network"
+    ) as error:
+        new_detector(parse(model), "student", 4)
+    assert "\n" not in str(error.value)
+
+
+def test_coco_s_weights_are_kept_but_for_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import detection
+
+    name = "ssdlite320_mobilenet_v3_large"
+    torch.manual_seed(9)
+    known = detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None
+    ).state_dict()
+    api = "torchvision.models._api.load_state_dict_from_url"
+    monkeypatch.setattr(api, lambda *_, **__: known)
+    model = new_detector(parse(["--student", name, "--student-weights", "coco"]), "student", 4)
+    state = model.state_dict()
+    changed = {key for key in known if state[key].shape != known[key].shape}
+    assert changed
+    assert all(key.startswith("head.classification_head.") for key in changed)
+    kept = [key for key in known if key not in changed]
+    assert all(torch.equal(state[key], known[key]) for key in kept)
+    assert model(*BATCH)["classification"] > 0
+
+
+def test_a_mirrored_image_has_its_boxes_mirrored_and_is_the_same_when_resumed() -> None:
+    images, targets = flipped(BATCH, 1.0, 0, 5, 2)
+    assert torch.equal(images[0], BATCH[0][0].flip(-1))
+    assert targets[0]["boxes"].tolist() == [[100.0, 8.0, 152.0, 60.0]]
+    assert BATCH[1][0]["boxes"].tolist() == [[8.0, 8.0, 60.0, 60.0]]
+    pictures = ([torch.rand(3, 4, 4) for _ in range(64)], [BATCH[1][0]] * 64)
+    first, again, later = (flipped(pictures, 0.5, 3, step, 64)[0] for step in (7, 7, 8))
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, later))
+    assert 16 < sum(map(torch.equal, first, pictures[0])) < 48
+
+
+def test_an_exported_student_finds_the_same_boxes(tmp_path: Path) -> None:
+    student = new_detector(parse([]), "student", 5)
+    held_out, file = Scenes(1, 3), tmp_path / "student.pt2"
+    said = export(student, held_out, file)
+    assert said == f"{file}: takes a list of one float image 3 x 96 x 96; same boxes on 3 images"
+    image = [held_out[2][0] / 255]
+    found = torch.export.load(file).module()(image)[0]
+    assert not difference(student.eval()(image)[0], found, 0.1)
+
+
+def test_a_student_that_does_not_export_says_why(tmp_path: Path) -> None:
+    options = parse(["--detector", "faster_rcnn"])
+    said = export(new_detector(options, "student", 5), Scenes(1, 1), tmp_path / "student.pt2")
+    assert said.startswith("no student.pt2: torch.export does not take this detector (")
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_differ_by_boxes_and_not_by_their_order() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 8.0, 8.0]])
+    ours = {"boxes": boxes, "scores": torch.tensor([0.5, 0.5]), "labels": torch.tensor([1, 2])}
+    turned = {key: value.flip(0) for key, value in ours.items()}
+    assert not difference(ours, turned, 0.1)
+    assert (
+        difference(ours, turned | {"labels": ours["labels"]}, 0.1) == "2 of 2 have none like them"
+    )
+    assert difference(ours, {key: value[:1] for key, value in ours.items()}, 0.1) == "1 for 2"
+
+
+@pytest.mark.slow
+def test_deeppcb_through_the_job(tmp_path: Path, capsys: Any) -> None:
+    torch.set_num_threads(1)
+    folder = str(write_deeppcb(tmp_path / "data"))
+    quick = ["--quick", "--steps", "11", "--teacher-steps", "2", "--evaluations", "1"]
+    run = ["--batch-size", "2", "--output", str(tmp_path / "run")]
+    main(["--data", "deeppcb", "--deeppcb", folder, *quick, *run])
+    printed = capsys.readouterr().out
+    assert "steps of 2 of 12 pictures: teacher 2 (0.3 epochs), plain 11 (1.8 epochs)" in printed
+    assert "plain: about 0 s of training to go" in printed or "plain: about 1 s" in printed
+    assert (tmp_path / "run" / "student.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.4, "7 s"), (130, "2 min"), (3600 * 3 + 300, "3 h 5 min")]
+)
+def test_a_time_to_come_in_words(seconds: float, text: str) -> None:
+    assert expected(seconds) == f"about {text} of training"
