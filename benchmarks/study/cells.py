@@ -19,11 +19,15 @@ from benchmarks.study.variants import NAMES, split
 
 PLAIN, OURS = "none", "featkd"
 VARIANTS = dict.fromkeys(NAMES, "") | {"taps": "stages"}
-DEFAULTS = VARIANTS | {
-    each.name: each.default
-    for each in fields(featkd.Hyperparameters)
-    if each.default is not MISSING
-}
+DEFAULTS = (
+    VARIANTS
+    | {"scenes": "dense"}
+    | {
+        each.name: each.default
+        for each in fields(featkd.Hyperparameters)
+        if each.default is not MISSING
+    }
+)
 HYPERPARAMETERS = {each.name for each in fields(featkd.Hyperparameters)}
 PRESETS = {
     name: asdict(value)
@@ -92,6 +96,7 @@ def paired_gains(lines: Iterable[Line], plain: Iterable[Line]) -> list[float]:
 def facts(line: Line) -> dict[str, Any]:
     """What a cell may differ in beside detector and method."""
     shapes = {"student": line["student"], "teacher": line["teacher"] and line["teacher"]["shape"]}
+    shapes["scenes"] = {"scenes": "dense"}.get(line["data"]["name"], line["data"]["name"])
     # A line leaves out what is at its default.
     settings = {"taps": "stages"} | line["hyperparameters"]
     if line["method"] == OURS:
