@@ -1,7 +1,6 @@
 """Distiller: the student's output untouched, and the losses beside it."""
 
 import copy
-import io
 import pickle
 import re
 from functools import partial
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
 
 from featkd import Distiller, FeatureDistillationLoss
 from tests.helpers.distilled import (
@@ -28,6 +26,7 @@ from tests.helpers.distilled import (
 from tests.helpers.models import (
     LEVELS,
     Net,
+    by_torch_save,
     detector,
     detector_images,
     detector_targets,
@@ -43,6 +42,7 @@ from tests.helpers.models import (
     unchanged,
     watch,
 )
+from tests.helpers.tapped import Checkpointed
 from tests.helpers.tensors import close
 
 # --- what it returns ------------------------------------------------------------------------------
@@ -271,13 +271,6 @@ def test_a_loss_of_the_detectors_own_name_is_an_error():
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def by_torch_save(distiller):
-    file = io.BytesIO()
-    torch.save(distiller, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda distiller: pickle.loads(pickle.dumps(distiller)),
@@ -321,16 +314,6 @@ def test_a_replica_of_data_parallel_is_an_error():
 
 
 # --- what a training script does to the student ---------------------------------------------------
-
-
-class Checkpointed(Net):
-    def __init__(self, use_reentrant):
-        super().__init__()
-        self.use_reentrant = use_reentrant
-
-    def forward(self, images):
-        images = images.requires_grad_()
-        return self.head(checkpoint(self.backbone, images, use_reentrant=self.use_reentrant))
 
 
 def test_a_checkpointed_student_has_the_gradients_of_a_plain_one():

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from featkd import FeatureTap, PatchTokens
 from tests.helpers.models import (
     LEVELS,
     Net,
+    by_torch_save,
     hook_count,
     images,
     plain_hooks,
@@ -76,13 +76,6 @@ def test_the_order_of_the_hooks_of_taps_stays():
 
 
 # --- the model stays as it is, and so do its copies -----------------------------------------------
-
-
-def by_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES = {

@@ -51,6 +51,7 @@ class Baseline(nn.Module):
         )
 
     def distance(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """The method's own part: every method defines it."""
         raise NotImplementedError
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
