@@ -16,6 +16,7 @@ import torch
 from benchmarks.study import attention, document, errors
 from benchmarks.study.lines import LINES, read_lines
 from benchmarks.study.plan import TABLES
+from benchmarks.study.runs import BOARDS
 from benchmarks.study.workers import execute
 
 
@@ -30,7 +31,9 @@ def run_table(options: argparse.Namespace) -> None:
         runs = TABLES[options.table](read_lines(file))
     except LookupError as error:
         raise SystemExit(f"{options.table} {error.args[0]}") from error
-    failed = execute(runs, file, options.output, workers, options.device)
+    if options.deeppcb is None and any(run.data.name == BOARDS for run in runs):
+        raise SystemExit(f"{options.table} wants --deeppcb DIR, a clone of DeepPCB or its PCBData")
+    failed = execute(runs, file, options.output, workers, options.device, options.deeppcb)
     if failed:
         raise SystemExit(f"failed runs: {failed}; the same command tries them again")
 
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--workers", type=int, help="default: one a GPU, else one a thread")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--output", type=Path, default=Path("runs/study"), help="weights")
+    run.add_argument("--deeppcb", type=Path, help="the pictures of the tables of real ones")
     run.set_defaults(command=run_table)
     tables = commands.add_parser("tables", help="write the tables and their plots")
     tables.set_defaults(command=lambda options: document.write(options.lines))

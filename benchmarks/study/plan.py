@@ -7,7 +7,7 @@ from typing import Any
 import featkd
 from benchmarks.study.cells import best, best_everywhere
 from benchmarks.study.lines import lines_of, pending
-from benchmarks.study.runs import Data, Line, Run, Teacher, distilled, plain_run
+from benchmarks.study.runs import BOARDS, Data, Line, Run, Teacher, distilled, plain_run
 from benchmarks.study.settings import (
     ABLATION,
     AT_FPN,
@@ -37,6 +37,10 @@ from examples.detection.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT,
 MAIN, TUNE = Data(2**32), Data(2**31)
 SPARSE = Data(2**32, "sparse")
 SPARSE_TEACHERS = [Teacher(steps=1180)]
+# All tiles of its two lists.
+PICTURES = Data(0, BOARDS, 4000, 2000)
+PICTURE_TEACHERS = [Teacher(steps=2000)]
+PICTURE_STEPS = 1000
 MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
     range(20, 25),
     range(20, 23),
@@ -121,6 +125,27 @@ def sparse_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
+def picture_runs(lines: Iterable[Line]) -> list[Run]:
+    """FCOS on real pictures, each preset and method at the setting that it has everywhere."""
+    chosen = best_everywhere(finished("taps", tap_runs(lines), lines))
+    settings = {"featkd": UNTUNED} | {method: [chosen[method]] for method in list(CANDIDATES)[1:]}
+    runs = []
+    for seed in MAIN_SEEDS:
+        plain = plain_run("fcos", seed, PICTURES, PICTURE_STEPS)
+        runs += [plain, *distilled(plain, settings, PICTURE_TEACHERS)]
+    return runs
+
+
+def plateau_runs(lines: Iterable[Line]) -> list[Run]:
+    """The steps that distillation saves: students that are trained longer, on real pictures."""
+    runs = []
+    for seed in SECONDARY_SEEDS:
+        for steps in (PICTURE_STEPS, 2 * PICTURE_STEPS, 4 * PICTURE_STEPS):
+            plain = plain_run("fcos", seed, PICTURES, steps)
+            runs += [plain, *distilled(plain, {"featkd": [STANDARDIZED | FPN]}, PICTURE_TEACHERS)]
+    return runs
+
+
 def steadiness_runs(lines: Iterable[Line]) -> list[Run]:
     """The recommended preset at a quarter and at four times its weight, everywhere."""
     runs = []
@@ -188,6 +213,8 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "teachers": secondary_runs([TWO_STAGE_AT_FPN], TEACHERS),
     "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
     "sparse": sparse_runs,
+    "pictures": picture_runs,
+    "plateau": plateau_runs,
     "steadiness": steadiness_runs,
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),

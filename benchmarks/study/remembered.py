@@ -1,17 +1,17 @@
-"""A teacher's features of scenes that are never augmented: computed once for all runs of a seed."""
+"""A teacher's features of pictures that are never augmented: computed once for all runs."""
 
 import fcntl
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import featkd
 from examples.detection.checkpoints import write_atomically
-from examples.detection.scenes import Scenes
 from examples.detection.training import collate
 
 Remember = Callable[[nn.Module, Mapping[str, str]], dict[str, Tensor]]
@@ -38,10 +38,19 @@ def recall(
 
 @torch.no_grad()
 def remembered(
-    teacher: nn.Module, paths: Mapping[str, str], *, data: Scenes, folder: Path, name: str
+    teacher: nn.Module,
+    paths: Mapping[str, str],
+    *,
+    data: Dataset[Any],
+    seed: int | None,
+    folder: Path,
+    name: str,
 ) -> dict[str, Tensor]:
-    """The features at `paths` by level, in bfloat16, from a file of `folder` that is made once."""
-    mark = sha256(repr((name, data.seed, len(data), sorted(paths.items()))).encode()).hexdigest()
+    """The features at `paths` by level, in bfloat16, from a file of `folder` that is made once.
+
+    `name` and `seed` say of which teacher, and of which `data`.
+    """
+    mark = sha256(repr((name, seed, len(data), sorted(paths.items()))).encode()).hexdigest()
     file = folder / f"features-{mark[:12]}.pt"
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -50,7 +59,7 @@ def remembered(
     return torch.load(file, mmap=True, weights_only=True)
 
 
-def computed(teacher: nn.Module, paths: Mapping[str, str], data: Scenes) -> dict[str, Tensor]:
+def computed(teacher: nn.Module, paths: Mapping[str, str], data: Dataset[Any]) -> dict[str, Tensor]:
     device = next(teacher.parameters()).device
     found: dict[str, list[Tensor]] = {level: [] for level in paths}
     with featkd.FeatureTap(teacher, paths) as tap:

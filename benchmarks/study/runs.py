@@ -9,13 +9,14 @@ from typing import Any
 from examples.detection.detectors import STUDENT, TEACHER, Shape
 
 Line = dict[str, Any]
+BOARDS = "deeppcb"
 
 
 @dataclass(frozen=True)
 class Data:
     """Training scenes are those of the run's seed; the held-out ones the same for all seeds.
 
-    `name`: `"scenes"`, densely filled, or `"sparse"`.
+    `name`: `"scenes"`, densely filled, `"sparse"`, or `"deeppcb"`, whose two lists no seed changes.
     """
 
     held_out_seed: int

@@ -4,34 +4,42 @@ from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
 from benchmarks.study.remembered import remembered
-from benchmarks.study.runs import Line, Run, teacher_of
+from benchmarks.study.runs import BOARDS, Line, Run, teacher_of
 from examples.detection.checkpoints import write_atomically
+from examples.detection.data import AREA_SCALES, KINDS
+from examples.detection.deeppcb import DeepPCB
 from examples.detection.detectors import MASK_RCNN, Shape, build, tapped
-from examples.detection.scenes import DENSE, SPARSE, Scenes
+from examples.detection.scenes import Scenes
 from examples.detection.training import MASK_METRICS, METRICS, Alone, Settings, evaluate, train
 
-KINDS = {"scenes": DENSE, "sparse": SPARSE}
+SIZES = {name: kind.size for name, kind in KINDS.items()} | {BOARDS: 160}
 # By level RetinaNet's and Faster R-CNN's own anchors; FCOS, which has none, gets the same.
 ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
 
 # A worker draws the scenes of a seed once, and the held-out ones: runs go seed by seed.
 scenes = lru_cache(maxsize=3)(Scenes)
+boards = lru_cache(DeepPCB)
 
 
 def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
     torch.manual_seed(run.seed)
-    kind, classes = KINDS[run.data.name], len(Scenes.classes)
-    return build(run.detector, role, classes, kind.size, shape, small_objects=kind is SPARSE)
+    name = run.data.name
+    classes = len(DeepPCB.classes if name == BOARDS else Scenes.classes)
+    return build(run.detector, role, classes, SIZES[name], shape, small_objects=name != "scenes")
 
 
-def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
+def new_model(
+    run: Run, folder: Path, device: torch.device, deeppcb: Path | None = None
+) -> nn.Module:
     """A distiller, or the detector alone."""
     if run.method == "teacher":
         return Alone(new_detector(run, "teacher", run.teacher.shape))
@@ -41,19 +49,30 @@ def new_model(run: Run, folder: Path, device: torch.device) -> nn.Module:
     # By the run's own seed, from which the adapters are drawn too.
     teacher = new_detector(run, "teacher", run.teacher.shape)
     load_weights(teacher, teacher_of(run), folder)
-    layers, channels = tapped(student, teacher, run.taps, KINDS[run.data.name].size)
+    layers, channels = tapped(student, teacher, run.taps, SIZES[run.data.name])
     teacher.to(device)
     anchor_sizes = dict(zip(layers, ANCHOR_SIZES, strict=True))
     remember = None
-    if run.data.name == "sparse":
-        data = training_scenes(run)
-        remember = partial(remembered, data=data, folder=folder, name=teacher_of(run).name)
+    if run.data.name != "scenes":
+        data, seed = training_data(run, deeppcb), None if run.data.name == BOARDS else run.seed
+        name = teacher_of(run).name
+        remember = partial(remembered, data=data, seed=seed, folder=folder, name=name)
     return new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
 
 
-def training_scenes(run: Run) -> Scenes:
+def training_data(run: Run, deeppcb: Path | None = None) -> Dataset[Any]:
+    if run.data.name == BOARDS:
+        return boards(deeppcb, "train")
     with_masks = run.detector == MASK_RCNN
     return scenes(run.seed, run.data.train_images, with_masks, KINDS[run.data.name])
+
+
+def held_out_data(run: Run, deeppcb: Path | None) -> Dataset[Any]:
+    if run.data.name == BOARDS:
+        return boards(deeppcb, "test")
+    with_masks = run.detector == MASK_RCNN
+    seed, images = run.data.held_out_seed, run.data.held_out_images
+    return scenes(seed, images, with_masks, KINDS[run.data.name])
 
 
 def load_weights(detector: nn.Module, run: Run, folder: Path) -> None:
@@ -71,31 +90,29 @@ def trained(run: Run, folder: Path) -> nn.Module:
     return detector
 
 
-def perform(run: Run, folder: Path, device_type: str) -> Line:
+def perform(run: Run, folder: Path, device_type: str, deeppcb: Path | None = None) -> Line:
     """Trains and evaluates; goes on from the run's checkpoint. Its weights stay in `folder`.
 
     Its bar and its warnings go to a log there.
     """
     with (folder / f"{run.name}.log").open("a") as log, redirect_stderr(log):
-        return line_of(run, folder, torch.device(device_type))
+        return line_of(run, folder, torch.device(device_type), deeppcb)
 
 
-def line_of(run: Run, folder: Path, device: torch.device) -> Line:
+def line_of(run: Run, folder: Path, device: torch.device, deeppcb: Path | None) -> Line:
     settings = Settings(
         batch_size=8,
         learning_rate=3e-3,
         seed=run.seed,
         device=device,
-        amp=run.data.name == "sparse",
+        amp=run.data.name != "scenes",
         workers=0,
         checkpoint_every=100,
         evaluations=0,
-        # COCO's small objects are under 32 pixels wide: a third of a scene of 96.
-        area_scale=2.0,
+        area_scale=AREA_SCALES[run.data.name],
     )
-    model = new_model(run, folder, device)
-    data = training_scenes(run)
-    held_out = scenes(run.data.held_out_seed, run.data.held_out_images, data.masks, data.kind)
+    model = new_model(run, folder, device, deeppcb)
+    data, held_out = training_data(run, deeppcb), held_out_data(run, deeppcb)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
     curve = train(run.name, model, data, held_out, run.steps, settings, checkpoint)
     metrics = evaluate(model.student, held_out, settings)

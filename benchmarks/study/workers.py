@@ -17,7 +17,14 @@ from benchmarks.study.runs import Line, Run, identity, teacher_of
 from benchmarks.study.train import perform
 
 
-def execute(runs: list[Run], file: Path, folder: Path, workers: int, device_type: str) -> int:
+def execute(
+    runs: list[Run],
+    file: Path,
+    folder: Path,
+    workers: int,
+    device_type: str,
+    deeppcb: Path | None = None,
+) -> int:
     """Performs the runs that have no line, teachers first; the number of those that failed."""
     lines = read_lines(file)
     students = pending(runs, lines)
@@ -31,7 +38,9 @@ def execute(runs: list[Run], file: Path, folder: Path, workers: int, device_type
     try:
         with tqdm(total=len(teachers) + len(students), unit="run") as bar:
             for phase in (teachers, students):
-                futures = {pool.submit(perform, run, folder, device_type): run for run in phase}
+                futures = {
+                    pool.submit(perform, run, folder, device_type, deeppcb): run for run in phase
+                }
                 for future in as_completed(futures):
                     run, error = futures[future], future.exception()
                     if isinstance(error, BrokenExecutor):

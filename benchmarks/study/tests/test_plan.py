@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import TABLES, main_runs, sparse_runs, tap_runs, tune_runs
+from benchmarks.study.plan import TABLES, main_runs, picture_runs, sparse_runs, tap_runs, tune_runs
 from benchmarks.study.runs import Teacher
 from benchmarks.study.settings import (
     ATTENTION,
@@ -81,6 +81,16 @@ def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
         assert all(each == settings[0] for each in settings)
     # At the backbone's stages two of three detectors are better in the made-up lines.
     assert {tuple(run.hyperparameters) for run in runs if run.method == "pkd"} == {("weight",)}
+
+
+def test_on_real_pictures_the_settings_are_those_of_sparse_scenes() -> None:
+    lines = chosen_lines()
+    runs, sparse = picture_runs(lines), sparse_runs(lines)
+    assert len(runs) == (1 + 5 + 6) * 5
+    assert {run.data.name for run in runs} == {"deeppcb"}
+    assert {(run.method, str(run.hyperparameters)) for run in runs} == {
+        (run.method, str(run.hyperparameters)) for run in sparse
+    }
 
 
 def test_at_the_fpn_a_baseline_that_gains_there_is_tried_with_three_weights() -> None:

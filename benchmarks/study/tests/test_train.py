@@ -18,8 +18,10 @@ from benchmarks.study.settings import CANDIDATES, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
 from examples.detection import training
+from examples.detection.deeppcb import DeepPCB
 from examples.detection.detectors import BACKBONES
 from examples.detection.training import collate
+from tests.helpers.deeppcb_folder import write_deeppcb
 
 
 @pytest.fixture
@@ -64,9 +66,9 @@ def test_a_remembered_teacher_says_what_the_detector_finds_in_the_same_scene(
 ) -> None:
     run = replace(DISTILLED, data=replace(DISTILLED.data, name="sparse"))
     teacher = new_model(teacher_of(run), tmp_path, CPU).student
-    scenes = train.training_scenes(run)
+    scenes = train.training_data(run)
     paths = {"c3": "backbone.body.layer2", "p1": "backbone[1]"}
-    kept = {"data": scenes, "folder": tmp_path, "name": "teacher"}
+    kept = {"data": scenes, "seed": run.seed, "folder": tmp_path, "name": "teacher"}
     features = remembered(teacher, paths, **kept)
     images, targets = collate([scenes[index] for index in (11, 4)])
     with featkd.FeatureTap(RememberedTeacher(features), ["levels.c3", "levels.p1"]) as tap:
@@ -92,6 +94,22 @@ def test_a_run_on_sparse_scenes_has_a_line(tmp_path: Path, method: str) -> None:
     run = replace(DISTILLED, method=method, data=data, hyperparameters=settings)
     perform(teacher_of(run), tmp_path, "cpu")
     assert perform(run, tmp_path, "cpu")["data"]["name"] == "sparse"
+
+
+def test_a_run_on_real_pictures_takes_the_folder_s_two_lists(tmp_path: Path) -> None:
+    pictures = write_deeppcb(tmp_path / "pictures")
+    data = replace(DISTILLED.data, name="deeppcb", held_out_seed=0)
+    run = replace(DISTILLED, data=data, hyperparameters=CANDIDATES["featkd"][1])
+    assert len(train.training_data(run, pictures)) == 12
+    assert {board.picture.name for board in train.held_out_data(run, pictures).boards} == {
+        board.picture.name for board in DeepPCB(pictures, "test").boards
+    }
+    perform(teacher_of(run), tmp_path, "cpu", pictures)
+    line = perform(run, tmp_path, "cpu", pictures)
+    assert facts(line)["scenes"] == "deeppcb"
+    # One file for all seeds: the pictures are the same.
+    perform(replace(run, seed=7), tmp_path, "cpu", pictures)
+    assert len(list(tmp_path.glob("features-*.pt"))) == 1
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
