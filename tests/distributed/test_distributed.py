@@ -172,6 +172,7 @@ def run(rank, folder):
         "after the other rank's last batch": after_the_other_ranks_last_batch(),
         "after the end of distillation": after_the_end_of_distillation(),
         "student wrapped alone": student_wrapped_alone(),
+        "a seed a rank": a_seed_a_rank(),
         "communicated": communicated(),
         "saves": train_until_the_first_checkpoint(folder / "ddp-two.pt"),
         "resumed by ddp": train_on(folder / "ddp-one.pt"),
@@ -223,6 +224,16 @@ def student_wrapped_alone():
     with pytest.raises(ValueError, match="`student` must not be wrapped by itself"):
         Distiller(plain.student, plain.teacher, plain.loss, LEVELS)
     return str(caught.value)
+
+
+def a_seed_a_rank():
+    """The adapters that this rank has drawn, and what FSDP2 and DDP make of all ranks' draws."""
+    torch.manual_seed(dist.get_rank())
+    loss = distillation_loss()
+    drawn = copy.deepcopy(dict(loss.named_parameters()))
+    by_ddp = copy.deepcopy(dict(ddp(copy.deepcopy(loss)).module.named_parameters()))
+    fully_shard(loss, mesh=init_device_mesh("cpu", (WORLD,)))
+    return {"drawn": drawn, "ddp": by_ddp, "fsdp2": whole(loss.named_parameters())}
 
 
 def communicated():
@@ -353,6 +364,18 @@ def test_after_distillation_the_student_in_a_wrapper_of_its_own_averages_its_gra
 def test_a_student_that_is_wrapped_alone_is_an_error(found):
     for rank in found:
         assert "got DistributedDataParallel: wrap the distiller" in rank["student wrapped alone"]
+
+
+def test_of_a_seed_a_rank_ddp_takes_rank_0_s_draw_and_fsdp2_some_rows_of_each(found):
+    ranks = [rank["a seed a rank"] for rank in found]
+    first, second = (rank["drawn"] for rank in ranks)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    for rank in ranks:
+        for name in first:
+            rows = len(first[name].chunk(WORLD)[0])
+            assert torch.equal(rank["ddp"][name], first[name])
+            joined = torch.cat([first[name][:rows], second[name][rows:]])
+            assert torch.equal(rank["fsdp2"][name], joined)
 
 
 def test_checkpoints_are_written_by_one_rank_alone(found):

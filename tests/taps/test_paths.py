@@ -277,10 +277,26 @@ def quantised(model):
     return prepare_qat_fx(model.train().float(), settings, (images().float(),))
 
 
+def with_observers(model):
+    """As pt2e's `prepare_qat_pt2e` leaves an exported model: of its modules observers alone run."""
+    program = exported(model)
+    graph = program.graph
+    convolutions = [node for node in graph.nodes if "conv" in str(node.target)]
+    convolutions = [node for node in convolutions if node.op == "call_function"]
+    for index, node in enumerate(convolutions):
+        program.add_submodule(f"observer_{index}", nn.Hardtanh(-100, 100))
+        with graph.inserting_after(node):
+            observed = graph.call_module(f"observer_{index}", (node,))
+        node.replace_all_uses_with(observed, lambda user, observed=observed: user is not observed)
+    program.recompile()
+    return program
+
+
 GRAPHS = {
     "symbolic_trace": (torch.fx.symbolic_trace, "backbone.c1", "such as 'backbone.c1.relu'."),
     "export": (exported, "backbone.c1.conv", "tap the model that this was made of."),
     "qat": (quantised, "backbone.c1", "such as 'backbone.c1.conv'."),
+    "pt2e": (with_observers, "backbone.c1.conv", "tap the model that this was made of."),
     "jit.trace": (traced, "backbone.c1.conv", "TopLevelTracedModule"),
     "jit.script": (torch.jit.script, "backbone.c1.conv", "RecursiveScriptModule"),
     "a scripted model itself": (torch.jit.script, "", "RecursiveScriptModule"),
@@ -315,6 +331,13 @@ def test_what_a_traced_model_does_call_is_captured(path):
 def test_what_a_traced_or_exported_model_puts_out_is_captured(make):
     model = make(Net().eval())
     captures_what_plain_hooks_see(FeatureTap(model, [""]), model, lambda: model(images()))
+
+
+@pytest.mark.parametrize("path", ["", "observer_0", "observer_1"])
+def test_what_a_pt2e_model_does_call_is_captured(path):
+    model = with_observers(Net().eval())
+    assert {"observer_0", "observer_1"} <= {name for name, _ in model.named_modules()}
+    captures_what_plain_hooks_see(FeatureTap(model, [path]), model, lambda: model(images()))
 
 
 def test_the_parts_of_an_unflattened_program_run():
