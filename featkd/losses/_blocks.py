@@ -36,12 +36,12 @@ def _in_place() -> bool:
     return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
 
 
-def channel_blocks(features: Tensor) -> list[slice]:
-    """Ranges of channels, about 2 MiB of `features` each."""
+def channel_blocks(features: Tensor, maps: int = 1) -> list[slice]:
+    """Ranges of channels, about 2 MiB of `maps` such as `features` each."""
     channels = features.shape[1]
     width = channels
     if features.device.type == "cpu" and _in_place():
-        bytes_per_channel = features[:, :1].numel() * features.element_size()
+        bytes_per_channel = maps * features[:, :1].numel() * features.element_size()
         width = max(1, _BLOCK_BYTES // max(bytes_per_channel, 1))
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 

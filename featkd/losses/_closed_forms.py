@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled
-from ._numerics import compute_dtype
+from ._numerics import FEW, compute_dtype
 
 Dims = tuple[int, ...]
 OVER_CHANNELS: Dims = (1,)
@@ -96,6 +96,14 @@ def _count(features: Tensor, dims: Dims) -> int:
     return math.prod(features.shape[d] for d in dims)
 
 
+def _norm(x: Tensor, dims: Dims) -> Tensor:
+    """The L2 norm over `dims` of a fresh `x`, which it may overwrite."""
+    if _count(x, dims) <= FEW:
+        result: Tensor = torch.linalg.vector_norm(x, dim=dims)
+        return result
+    return x.square_().sum(dims).sqrt()
+
+
 class _WeightedDistance(torch.autograd.Function):
     """Its gradient is w v (a - b) / distance; inputs and distance alone are saved."""
 
@@ -105,15 +113,22 @@ class _WeightedDistance(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(a, b, by_position, by_channel)
         weight = None if by_position is None else by_position[:, None]
-        energies = []
+        even = by_position is None and by_channel is None
+        found = []
         for block in channel_blocks(b):
-            square = (a[:, block].to(dtype) - b[:, block]).square_()
+            difference = a[:, block].to(dtype) - b[:, block]
+            if even:
+                found.append(_norm(difference, OVER_POSITIONS))
+                continue
+            square = difference.square_()
             square = square if weight is None else square.mul_(weight)
-            energies.append(square.sum(OVER_POSITIONS))
-        energy = of_all_channels(energies)
+            found.append(square.sum(OVER_POSITIONS))
+        each = of_all_channels(found)
+        if even:
+            return each[:, 0] if each.shape[1] == 1 else _norm(each, OVER_CHANNELS)
         if by_channel is not None:
-            energy = energy * by_channel
-        return energy.sum(1).sqrt()
+            each = each * by_channel
+        return each.sum(1).sqrt()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
@@ -129,8 +144,8 @@ class _WeightedDistance(torch.autograd.Function):
             result: Tensor = a[:, block].to(distance.dtype) - b[:, block]
             return result
 
-        def gradient(features: Tensor, sign: int) -> Tensor:
-            slopes = (sign * slope)[:, None].expand(features.shape[:2])
+        def gradient(features: Tensor, slope: Tensor) -> Tensor:
+            slopes = slope[:, None].expand(features.shape[:2])
             if by_channel is not None:
                 slopes = slopes * by_channel
 
@@ -141,8 +156,8 @@ class _WeightedDistance(torch.autograd.Function):
 
             return product(features, factors)
 
-        to_a = gradient(a, 1) if ctx.needs_input_grad[0] else None
-        to_b = gradient(b, -1) if ctx.needs_input_grad[1] else None
+        to_a = gradient(a, slope) if ctx.needs_input_grad[0] else None
+        to_b = gradient(b, -slope) if ctx.needs_input_grad[1] else None
         to_position = to_channel = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]

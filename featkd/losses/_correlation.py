@@ -37,13 +37,15 @@ class _CorrelationDistance(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(a, b, by_position, by_channel)
         found = []
-        for block in channel_blocks(b):
-            sides = (centred(x[:, block].to(dtype), OVER_POSITIONS) for x in (a, b))
-            (s, of_a), (t, of_b) = sides
-            square = s.mul_(of_a[1]).sub_(t.mul_(of_b[1])).square_()
+        for block in channel_blocks(b, maps=2):
+            both = torch.stack((a[:, block].to(dtype), b[:, block].to(dtype)))
+            rest, of_both = centred(both, (3, 4))
+            s, t = rest.mul_(of_both[1])
+            square = s.sub_(t).square_()
             if by_position is not None:
                 square = square.mul_(by_position[:, None])
-            found.append(torch.stack((*of_a, *of_b, square.mean(OVER_POSITIONS, keepdim=True))))
+            energy = square.mean(OVER_POSITIONS, keepdim=True)
+            found.append(torch.cat((*of_both, energy[None])))
         numbers = of_all_channels(found, 2)
         ctx.save_for_backward(a, b, by_position, by_channel, numbers)
         energy = numbers[4, :, :, 0, 0]
@@ -54,23 +56,24 @@ class _CorrelationDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, by_position, by_channel, numbers = ctx.saved_tensors
-        *moments, energy = numbers
+        means, inverses, energy = numbers[:2], numbers[2:4], numbers[4]
         known = by_position is None
         if torch.is_grad_enabled():  # for a second derivative all depends on the features
             known = False
-            moments = [x for y in (a, b) for x in centred(y.to(numbers.dtype), OVER_POSITIONS)[1]]
+            sides = (centred(x.to(numbers.dtype), OVER_POSITIONS)[1] for x in (a, b))
+            means, inverses = zip(*sides, strict=True)
         slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
         weighted = slope if by_channel is None else slope * by_channel
 
         def standardized(block: slice) -> list[Tensor]:
             return [
                 scaled(x[:, block].to(mean.dtype) - mean[:, block], inverse[:, block])
-                for x, mean, inverse in ((a, *moments[:2]), (b, *moments[2:]))
+                for x, mean, inverse in zip((a, b), means, inverses, strict=True)
             ]
 
         def gradient(side: int) -> Tensor:
-            inverse, other = moments[2 * side + 1], moments[3 - 2 * side]
-            half = (energy + (inverse != 0).to(energy) - (other != 0).to(energy)) / 2
+            inverse, other = inverses[side], inverses[1 - side]
+            half = (energy + inverse.sign() - other.sign()) / 2
 
             def factors(block: slice) -> tuple[Tensor, Tensor]:
                 sides = standardized(block)
@@ -111,7 +114,7 @@ def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     left = rest.detach().mean(dims, keepdim=True)
     rest = less(rest, left)
     variance = rest.square().mean(dims, keepdim=True)
-    constant = variance.sqrt() <= torch.finfo(x.dtype).eps * mean.abs()
+    constant = variance <= (torch.finfo(x.dtype).eps * mean).square()
     # No `rsqrt`: its derivative has the variance to the power 3/2, which overflows before it.
     inverse = variance.masked_fill(constant, torch.inf).sqrt().reciprocal()
     return rest, (mean + left, inverse)

@@ -16,7 +16,7 @@ from .._checks import (
 )
 from ._blocks import takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, Dims, means
-from ._numerics import compute_dtype
+from ._numerics import FEW, compute_dtype
 from ._options import FUSIONS, Attention, Fusion
 
 Maps = dict[Dims, Tensor]
@@ -197,6 +197,9 @@ def fused_mask(
 
 def _softmax_of_mean_1(logits: Tensor) -> Tensor:
     """`n softmax(logits)` over n; `mean` adds by pairs, torch's softmax one by one in float32."""
+    n = logits.shape[1]
+    if n <= FEW:
+        return logits.softmax(1) * n
     weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
     return weights / weights.mean(1, keepdim=True)
 

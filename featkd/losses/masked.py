@@ -89,7 +89,10 @@ def attention_masked_loss(
 
 
 def masked_distance(
-    student: Tensor, teacher: Tensor, spatial_mask: Tensor | None, channel_mask: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    spatial_mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
 ) -> Tensor:
     """Eq. (2) for each image, `(B,)`."""
     if takes_closed_form():

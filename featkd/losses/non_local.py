@@ -6,10 +6,8 @@ from torch import Tensor
 
 from .._checks import require_choice, require_same_device
 from ._adapters import Conv2d
-from ._blocks import takes_closed_form
-from ._closed_forms import weighted_distance
 from ._level import LevelLoss
-from ._numerics import compute_dtype, norm_per_image, reduced, relative_to, savable
+from ._numerics import norm_per_image, reduced, relative_to, savable
 from ._options import (
     TEACHER_RELATIONS,
     Kind,
@@ -19,6 +17,7 @@ from ._options import (
     require_form,
 )
 from .attention import Maps
+from .masked import masked_distance
 from .non_local_block import NonLocalRelation
 from .relation import require_positions
 from .standardize import standardize, standardized_distance
@@ -69,19 +68,13 @@ def non_local_loss(
         )
     require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
     relations = savable(student_relation), savable(teacher_relation)
-    distance = _standardized_distance if standardize else relation_distance
-    return reduced(distance(*relations), reduction)
+    return reduced(_distance(*relations, standardize), reduction)
 
 
-def relation_distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    """The L2 distance of two relations for each image, `(B,)`."""
-    if takes_closed_form():
-        return weighted_distance(ours.flatten(2)[..., None], theirs.flatten(2)[..., None])
-    return norm_per_image(ours.to(compute_dtype(ours, theirs)) - theirs)
-
-
-def _standardized_distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    return standardized_distance(ours.flatten(2)[..., None], theirs.flatten(2)[..., None])
+def _distance(ours: Tensor, theirs: Tensor, standardize: bool) -> Tensor:
+    """Of two relations for each image, `(B,)`."""
+    distance = standardized_distance if standardize else masked_distance
+    return distance(ours.flatten(2)[..., None], theirs.flatten(2)[..., None])
 
 
 class NonLocalLoss(LevelLoss):
@@ -172,9 +165,7 @@ class NonLocalLoss(LevelLoss):
         theirs = self.teacher_relation(teacher)
         if not self.trained:  # even where its parameters are unfrozen from outside
             theirs = theirs.detach()
-        if self.standardize:
-            return [standardized_distance(ours, theirs)]
-        distance = relation_distance(ours, theirs)
+        distance = _distance(ours, theirs, self.standardize)
         if self.normalize:
             distance = relative_to(distance, norm_per_image(theirs))
         return [distance]

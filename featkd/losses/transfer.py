@@ -21,6 +21,7 @@ from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
 from .attention import MAPS, Maps, maps_over
+from .masked import masked_distance
 from .standardize import standardized, standardized_distance
 
 Adapter = Callable[[Tensor], Tensor]
@@ -80,19 +81,15 @@ def attention_transfer_loss(
     targets = theirs[OVER_CHANNELS][:, None], theirs[OVER_POSITIONS]
     spatial = _adapted("spatial_adapter", spatial_adapter, ours[OVER_CHANNELS][:, None], targets[0])
     channel = _adapted("channel_adapter", channel_adapter, ours[OVER_POSITIONS], targets[1])
-    distance = _standardized_distance if standardize else _distance
-    return reduced(distance(spatial, targets[0]), reduction) + reduced(
-        distance(channel, targets[1]), reduction
+    return reduced(_distance(spatial, targets[0], standardize), reduction) + reduced(
+        _distance(channel, targets[1], standardize), reduction
     )
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    return norm_per_image(ours - theirs)
-
-
-def _standardized_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+def _distance(ours: Tensor, theirs: Tensor, standardize: bool) -> Tensor:
     """Of spatial maps `(B, 1, H, W)` or channel maps `(B, C)`, over all that an image has."""
-    return standardized_distance(*(x.flatten(1)[:, None, :, None] for x in (ours, theirs)))
+    distance = standardized_distance if standardize else masked_distance
+    return distance(*(x.flatten(1)[:, None, :, None] for x in (ours, theirs)))
 
 
 def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -171,9 +168,7 @@ class AttentionTransferLoss(LevelLoss):
             pairs.append((spatial, theirs[OVER_CHANNELS][:, None]))
         if self.channel_adapter is not None:
             pairs.append((self.channel_adapter(ours[OVER_POSITIONS]), theirs[OVER_POSITIONS]))
-        if self.standardize:
-            return [_standardized_distance(*pair) for pair in pairs]
-        distances = [_distance(*pair) for pair in pairs]
+        distances = [_distance(*pair, self.standardize) for pair in pairs]
         if not self.normalize:
             return distances
         norms = [norm_per_image(target) for _, target in pairs]
