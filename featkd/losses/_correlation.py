@@ -39,7 +39,7 @@ class _CorrelationDistance(torch.autograd.Function):
         found = []
         for block in channel_blocks(b, maps=2):
             both = torch.stack((a[:, block].to(dtype), b[:, block].to(dtype)))
-            rest, of_both = centred(both, (3, 4))
+            rest, of_both = centred(both, (3, 4), fresh=True)
             s, t = rest.mul_(of_both[1])
             square = s.sub_(t).square_()
             if by_position is not None:
@@ -103,13 +103,14 @@ class _CorrelationDistance(torch.autograd.Function):
         return to_a, to_b, to_position, to_channel
 
 
-def centred(x: Tensor, dims: Dims) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def centred(x: Tensor, dims: Dims, fresh: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`x` less its mean over `dims`; the mean, and 1 over the deviation, or 0 if `x` is constant.
 
-    It counts as constant where its deviation is but the rounding of its mean.
+    It counts as constant where its deviation is but the rounding of its mean. `fresh`: `x` may be
+    overwritten.
     """
     mean = x.mean(dims, keepdim=True)
-    rest = x - mean
+    rest = less(x, mean) if fresh else x - mean
     # What rounding left of the mean: of a constant nothing stays. 0 otherwise, derivatives too.
     left = rest.detach().mean(dims, keepdim=True)
     rest = less(rest, left)
