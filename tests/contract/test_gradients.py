@@ -66,7 +66,7 @@ def test_second_derivatives_at_equality_are_finite(loss, reduction):
 
 @each_case
 @torch_loops
-@pytest.mark.parametrize("block_bytes", [1, 1 << 21])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 22])
 def test_gradients_can_be_batched(case, block_bytes, monkeypatch):
     monkeypatch.setattr(_blocks, "_BLOCK_BYTES", block_bytes)
     tensors = leaves(case.inputs())

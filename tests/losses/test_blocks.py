@@ -1,4 +1,4 @@
-"""Channels in blocks of 2 MiB: whatever their size, the same values and gradients."""
+"""Channels in blocks of 4 or 8 MiB: whatever their size, the same values and gradients."""
 
 import pytest
 import torch
@@ -11,25 +11,34 @@ from tests.helpers.tensors import close, leaves, normal
 
 
 @pytest.mark.parametrize(
-    ("shape", "widths"),
+    ("shape", "threads", "widths"),
     [
-        ((1, 5, 512, 512), [2, 2, 1]),  # 1 MiB a channel
-        ((2, 2, 1024, 1024), [1, 1]),  # 8 MiB a channel: never less than one
-        ((1, 5, 3, 4), [5]),
-        ((0, 5, 3, 4), [5]),
+        ((2, 5, 512, 512), 1, [2, 2, 1]),  # 2 MiB a channel
+        ((2, 5, 512, 512), 2, [4, 1]),
+        ((2, 5, 512, 512), 64, [4, 1]),
+        ((2, 2, 1024, 2048), 2, [1, 1]),  # 16 MiB a channel: never less than one
+        ((1, 5, 3, 4), 1, [5]),
+        ((0, 5, 3, 4), 1, [5]),
     ],
     ids=str,
 )
-def test_blocks_of_channels_are_of_2_mib(shape, widths):
+def test_blocks_of_channels_are_of_4_mib_and_of_8_with_several_threads(
+    shape, threads, widths, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     features = torch.empty(shape)
     with torch.no_grad():
         blocks = _blocks.channel_blocks(features)
+        halves = _blocks.channel_blocks(features[:1], maps=2)
     assert [block.stop - block.start for block in blocks] == widths
+    if len(features) == 2:  # two maps of one image
+        assert halves == blocks
     assert len(_blocks.channel_blocks(features)) == 1  # where a graph is recorded
 
 
-def test_in_blocks_each_is_worked_on_once_and_in_place():
-    features, worked_on = torch.ones(1, 5, 512, 512), []
+def test_in_blocks_each_is_worked_on_once_and_in_place(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    features, worked_on = torch.ones(1, 5, 512, 1024), []
 
     def factor(block):
         worked_on.append(block.start)
