@@ -109,7 +109,7 @@ def facts(line: Line) -> dict[str, Any]:
     }
     if line["teacher"]:
         shown["teacher"] += f" of {line['teacher']['steps']} steps"
-    return shown | settings
+    return shown | {"steps": line["steps"]} | settings
 
 
 def varying(lines: Iterable[Line]) -> dict[str, list[str]]:

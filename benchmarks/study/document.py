@@ -19,10 +19,13 @@ from benchmarks.study.tables import (
 )
 
 Tuned = dict[tuple[str, str], dict[str, Any]]
+# The plots of the tables that compare the methods.
+GAINS = {"main": "gains.png", "sparse": "gains_sparse.png", "pictures": "gains_pictures.png"}
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
     ("sparse", "fcos"): "sparse scenes, FCOS, one setting each",
+    ("pictures", "fcos"): "photographs (DeepPCB), FCOS, one setting each",
 }
 
 
@@ -49,10 +52,10 @@ def write(file: Path) -> None:
             parts.append(against_first(found))
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
-        if name in ("main", "sparse"):
+        if name in GAINS:
             tuned = best(lines_of(tap_runs(lines), lines)) if name == "main" else {}
             rivals = contestants(found, tuned)
-            plot = file.with_name("gains.png" if name == "main" else "gains_sparse.png")
+            plot = file.with_name(GAINS[name])
             parts += [
                 "AP points over the plain student, same seeds:",
                 gains_table(*rivals),

@@ -92,7 +92,7 @@ READABLE = {
 
 def overview_plot(panels: Mapping[str, Mapping[str, Interval]], file: Path) -> None:
     """By panel the gains of a method over the plain student, one bar a method, the best on top."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 3.2), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, gains) in zip(grid, panels.items(), strict=True):
         ordered = sorted(gains.items(), key=lambda item: item[1].mean)
