@@ -11,9 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from examples.detection.coco_check import (
-    CocoError,
     Entry,
-    Findings,
     check_annotations,
     check_categories,
     check_images,
@@ -22,6 +20,7 @@ from examples.detection.coco_check import (
     read_file,
     share_inside,
 )
+from examples.detection.findings import CocoError, Findings
 from examples.detection.pictures import Picture, Size, check_pictures, read_picture
 
 # Of a box's area in its picture. Some data sets guess what goes on behind the edge.

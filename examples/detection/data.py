@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from examples.detection.coco import CocoError, CocoFolder
+from examples.detection.coco import CocoFolder
 from examples.detection.command_line import HELD_OUT_SEED
 from examples.detection.deeppcb import DeepPCB
+from examples.detection.findings import CocoError
 from examples.detection.scenes import DENSE, SPARSE, Scenes
 
 KINDS = {"scenes": DENSE, "sparse": SPARSE}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from examples.detection.coco_check import CocoError, Findings
+from examples.detection.findings import CocoError, Findings
 from examples.detection.pictures import check_pictures
 
 LISTS = {"train": "trainval.txt", "test": "test.txt"}

@@ -37,7 +37,7 @@ def read(images: Path, annotations: Path) -> Any:
 
 
 def what_is_wrong(images: Path, annotations: Path) -> str:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import CocoError
 
     with pytest.raises(CocoError) as error:
         read(images, annotations)
@@ -61,7 +61,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_data_is_said_before_any_training(case: str, folder: tuple[Path, Path]) -> None:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import CocoError
 
     images, annotations = folder
     spoil, text = BAD_FILES[case]
@@ -133,7 +133,7 @@ VALUES = (None, True, *NAMES, -1, 0, 0.5, NAN, HUGE, [], [1], {}, {"id": 1})
 
 
 def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) -> None:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import CocoError
 
     images, annotations = folder
     whole = annotations.read_text()
@@ -215,7 +215,7 @@ def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
 
 def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path]) -> None:
     from examples.detection.__main__ import load_data, parse
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import CocoError
 
     images, annotations = folder
     change(annotations, "annotations", 0, iscrowd=1)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.detection.coco_check import CocoError
 from examples.detection.deeppcb import DeepPCB
+from examples.detection.findings import CocoError
 from examples.detection.scenes import Scenes
 from tests.helpers.deeppcb_folder import write_deeppcb
 

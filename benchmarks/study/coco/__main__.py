@@ -39,7 +39,8 @@ from benchmarks.study.lines import (
 from benchmarks.study.runs import Line, Run
 from benchmarks.study.tables import report
 from examples.detection.checkpoints import write_atomically
-from examples.detection.coco import CocoError, read_annotations
+from examples.detection.coco import read_annotations
+from examples.detection.findings import CocoError
 from examples.detection.processes import join_processes, world
 from examples.detection.training import Settings
 
