@@ -15,19 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import featkd
+from examples.detection.batches import batch_indices, collate, to_device
 from examples.detection.data import load_data
 from examples.detection.parts import budget, new_distiller, new_models, new_settings
 from examples.detection.processes import JobError, world
 from examples.detection.progress import expected
-from examples.detection.training import (
-    Alone,
-    Settings,
-    batch_indices,
-    collate,
-    evaluate,
-    to_device,
-    train,
-)
+from examples.detection.training import Alone, Settings, evaluate, train
 
 try:
     import resource

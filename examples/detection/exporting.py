@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import boxes as box_ops
 
+from examples.detection.batches import collate
 from examples.detection.checkpoints import replacing
-from examples.detection.training import collate
 
 LOOKED_AT = 16  # held-out images among which one of the first one's size checks the program
 
