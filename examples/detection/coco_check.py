@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.detection.findings import CocoError, Findings
+from examples.detection.findings import DataError, Findings
 
 LISTS = ("images", "annotations", "categories")
 Entry = dict[str, Any]
@@ -23,15 +23,15 @@ MISSING = Missing()
 
 def read_file(annotations: Path) -> dict[str, list[Entry]]:
     if not annotations.is_file():
-        raise CocoError(f"`--annotations` must be a file, got {annotations}")
+        raise DataError(f"`--annotations` must be a file, got {annotations}")
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CocoError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
+        raise DataError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
     lists = content if isinstance(content, dict) else {}
     absent = ", ".join(repr(name) for name in LISTS if not isinstance(lists.get(name), list))
     if absent:
-        raise CocoError(f"{annotations} must be a COCO detection file, got no list under {absent}")
+        raise DataError(f"{annotations} must be a COCO detection file, got no list under {absent}")
     return {name: content[name] for name in LISTS}
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset
 from examples.detection.coco import CocoFolder
 from examples.detection.command_line import HELD_OUT_SEED
 from examples.detection.deeppcb import DeepPCB
-from examples.detection.findings import CocoError
+from examples.detection.findings import DataError
 from examples.detection.scenes import DENSE, SPARSE, Scenes
 
 KINDS = {"scenes": DENSE, "sparse": SPARSE}
@@ -35,14 +35,14 @@ def load_coco(options: argparse.Namespace) -> Data:
     if options.val_images is not None:
         held_out = read_coco(options.val_images, options.val_annotations)
         if held_out.classes != data.classes:
-            raise CocoError("--val-annotations must have the categories of --annotations")
+            raise DataError("--val-annotations must have the categories of --annotations")
         return data, held_out, data.classes
     tenth = range(0, len(data), 10)
     rest = [i for i in range(len(data)) if i % 10]
     print(f"held out: every tenth of the {len(data)} images")
     for part, indices in (("training", rest), ("held-out", tenth)):
         if all(data.starts[i] == data.starts[i + 1] for i in indices):
-            raise CocoError(
+            raise DataError(
                 f"the {part} images must hold at least one box, got none in {len(indices)} of "
                 f"{options.annotations}: give --val-images and --val-annotations"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from examples.detection.findings import CocoError, Findings
+from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import check_pictures
 
 LISTS = {"train": "trainval.txt", "test": "test.txt"}
@@ -85,13 +85,13 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def read_boards(folder: Path, part: str) -> list[Board]:
-    """What the list names, or a :class:`CocoError` that says what to mend."""
+    """What the list names, or a :class:`DataError` that says what to mend."""
     if not folder.is_dir():
-        raise CocoError(f"`--deeppcb` must be a folder, got {folder}")
+        raise DataError(f"`--deeppcb` must be a folder, got {folder}")
     # Of a clone the data are in a folder of their own.
     root = next((r for r in (folder, folder / "PCBData") if (r / LISTS[part]).is_file()), None)
     if root is None:
-        raise CocoError(f"`--deeppcb` must hold {LISTS[part]}, or PCBData/{LISTS[part]}: {folder}")
+        raise DataError(f"`--deeppcb` must hold {LISTS[part]}, or PCBData/{LISTS[part]}: {folder}")
     findings = Findings(root / LISTS[part])
     boards = []
     for number, line in enumerate((root / LISTS[part]).read_text("utf-8").splitlines(), 1):
@@ -107,7 +107,7 @@ def read_boards(folder: Path, part: str) -> list[Board]:
             findings.add(where, "the boxes must lie in their picture", size)
     findings.say()
     if not any(len(board.boxes) for board in boards):
-        raise CocoError(f"{findings.annotations} must name a picture with a defect, got none")
+        raise DataError(f"{findings.annotations} must name a picture with a defect, got none")
     return boards
 
 

@@ -7,7 +7,7 @@ from examples.detection.processes import JobError
 SHOWN = 5
 
 
-class CocoError(JobError):
+class DataError(JobError):
     """What is wrong with the data, in words for the person who started the job."""
 
 
@@ -32,4 +32,4 @@ class Findings:
             lines += found[:SHOWN]
             if len(found) > SHOWN:
                 lines.append(f"and {len(found) - SHOWN} more like this")
-        raise CocoError("\n  ".join(lines))
+        raise DataError("\n  ".join(lines))

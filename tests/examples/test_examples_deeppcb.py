@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from examples.detection.deeppcb import DeepPCB
-from examples.detection.findings import CocoError
+from examples.detection.findings import DataError
 from examples.detection.scenes import Scenes
 from tests.helpers.deeppcb_folder import write_deeppcb
 
@@ -74,7 +74,7 @@ def broken(folder: Path) -> list[str]:
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     expected = broken(write_deeppcb(tmp_path))
-    with pytest.raises(CocoError) as error:
+    with pytest.raises(DataError) as error:
         DeepPCB(tmp_path, "train")
     for text in expected:
         assert text in str(error.value)
@@ -83,7 +83,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 def lone(folder: Path, change: Any) -> str:
     change(folder)
-    with pytest.raises(CocoError) as error:
+    with pytest.raises(DataError) as error:
         DeepPCB(folder, "train")
     assert "\n" not in str(error.value)
     return str(error.value)
