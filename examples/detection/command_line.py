@@ -51,13 +51,16 @@ WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
         ("--data scenes or sparse", lambda options: options.data in DRAWN),
     ),
     "deeppcb": ("--data deeppcb", lambda options: options.data == "deeppcb"),
-    "flip": ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    **dict.fromkeys(
+        ("flip", "scale_jitter"),
+        ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    ),
     "detector": (
         "a model that is no whole detector of torchvision",
         lambda options: {options.student, options.teacher_model} - {*BUILDERS},
     ),
     **dict.fromkeys(
-        ("teacher_steps", "teacher_weights"),
+        ("teacher_steps", "teacher_epochs", "teacher_weights"),
         ("no --teacher", lambda options: options.teacher is None),
     ),
     "overwrite": ("no --resume", lambda options: not options.resume),
@@ -144,11 +147,18 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
     add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
     add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
+    jitter = "each training image by a factor of this range, as torchvision does: 0.1 2"
+    add("--scale-jitter", type=rate, nargs=2, metavar=("LOW", "HIGH"), help=jitter)
     size = "shorter side in the model; None: 96, tiles 160, torchvision's models 800"
     add("--size", type=whole(1), help=size)
-    add = parser.add_argument_group("training").add_argument
-    add("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
-    add("--steps", type=whole(1), default=600, help="of each student")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
+    either("--teacher-epochs", type=rate, help="of it, in place of steps")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--steps", type=whole(1), default=600, help="of each student")
+    either("--epochs", type=rate, help="likewise, in place of steps")
     add("--batch-size", type=whole(1), default=8, help="over all processes")
     highest = "at its highest; None: 0.003, with models of torchvision 0.0002"
     add("--learning-rate", type=rate, help=highest)
@@ -195,6 +205,10 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         options.learning_rate = 3e-3 if compact else 2e-4
     if options.flip is None:
         options.flip = 0.0 if options.data in DRAWN else 0.5
+    if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
+        parser.error(
+            "--scale-jitter wants LOW first: {:g} is over {:g}".format(*options.scale_jitter)
+        )
     fixed = {FIXED_SIZES[name] for name in models.values() if name in FIXED_SIZES}
     if len(fixed) > 1:
         parser.error(f"{' and '.join(models.values())} take images of one size each, and not one")

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 
-from examples.detection.augmentation import flipped
+from examples.detection.augmentation import augmented, drawn
 from examples.detection.batches import batch_indices, collate, to_device
 from examples.detection.checkpoints import Curve, load, save
 from examples.detection.interrupts import interrupts, leave_interrupts_to_main
@@ -33,7 +33,7 @@ FIRST = 10  # steps that tell the time of the others
 class Settings:
     """What a run needs beside its model and data; `area_scale` see :func:`evaluate`.
 
-    `flip` is the share of the training images that are mirrored, left for right.
+    `flip` and `scale_jitter` see :func:`augmented`.
     """
 
     batch_size: int
@@ -46,6 +46,7 @@ class Settings:
     evaluations: int
     area_scale: float
     flip: float = 0.0
+    scale_jitter: tuple[float, float] | None = None
 
 
 class Alone(nn.Module):
@@ -102,8 +103,9 @@ def train(
     with interrupts() as asked, Progress(name, steps, done, "step", silent=rank > 0) as progress:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
-            if settings.flip:
-                batch = flipped(batch, settings.flip, settings.seed, step, settings.batch_size)
+            if settings.flip or settings.scale_jitter:
+                draws = drawn(settings.seed, step, settings.batch_size)
+                batch = augmented(batch, draws, settings.flip, settings.scale_jitter)
             # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
             optimizer.zero_grad()
