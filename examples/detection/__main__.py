@@ -24,7 +24,7 @@ from examples.detection.exporting import export
 from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
 from examples.detection.processes import JobError, by_first_rank, join_processes, world
 from examples.detection.report import write_report
-from examples.detection.run_folder import EXPORTED, WEIGHTS, RunFolder
+from examples.detection.run_folder import WEIGHTS, RunFolder
 from examples.detection.training import Alone, evaluate, train
 
 STOPPED = 130  # what a shell says of a process that Ctrl-C has ended
@@ -79,9 +79,9 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
             if not folder.is_given(file):
                 state = {key: value.cpu() for key, value in model.state_dict().items()}
                 write_atomically(folder.path / file, state)
-        if options.export:
-            print(export(student, held_out, folder.path / EXPORTED))
         write_report(options, folder, runs, models, layers, held_out, classes, device)
+        for way in options.export or ():
+            print(export(student, held_out, way, folder.path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from examples.detection.models import (
     name_of,
 )
 from examples.detection.models import COMPACT as COMPACT_NAMES
+from examples.detection.run_folder import EXPORTED
 
 PRESETS = {
     "standardized": featkd.STANDARDIZED,
@@ -40,6 +42,7 @@ QUICK = {
     "evaluations": 2,
 }
 DRAWN = ("scenes", "sparse")
+ONNX = ("onnx", "onnxruntime")
 # Options that would do nothing without another: what they want, in words and as a test.
 WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     **dict.fromkeys(
@@ -81,7 +84,7 @@ EPILOG = f"""MODEL is one of
   a whole detector of torchvision:
 {listed(BUILDERS)}
 The run's folder gets results.json, three pictures, teacher.pt, plain.pt and student.pt (each a
-state dict), and with --export student.pt2. --dry-run goes with any other options."""
+state dict), and what --export asks for. --dry-run goes with any other options."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -174,7 +177,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/distill_detector"), help="folder of the run")
     looks = "look at data, models, one step's gradients, time and memory; write nothing"
     add("--dry-run", action="store_true", help=looks)
-    add("--export", action="store_true", help="write the student by torch.export too")
+    ways = "write the student as student.pt2 of torch.export or as student.onnx too"
+    add("--export", nargs="+", choices=EXPORTED, metavar="WAY", help=f"{ways}: torch, onnx or both")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--overwrite", action="store_true", help="replace the run in --output, if there is one")
     quick = ", ".join(f"{option(name)} {value}" for name, value in QUICK.items())
@@ -229,6 +233,9 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         parser.error("--val-images and --val-annotations go together")
     if options.teacher is not None and not options.teacher.is_file():
         parser.error(f"--teacher must be a file, got {options.teacher}")
+    absent = [name for name in ONNX if not find_spec(name)]
+    if absent and "onnx" in (options.export or ()):
+        parser.error(f"--export onnx wants {' and '.join(absent)}: pip install -e '.[onnx]'")
     if (wrong := wrong_device(options.device)) is not None:
         parser.error(f"--device {options.device}: {wrong}")
     return options

@@ -1,0 +1,80 @@
+"""The main job's student as a program: same boxes, or one line that says why there is none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.detection import command_line
+from examples.detection.__main__ import parse
+from examples.detection.exporting import difference, export
+from examples.detection.models import new_detector
+from examples.detection.run_folder import EXPORTED
+from examples.detection.scenes import Scenes
+
+EXPORTS = [
+    ("torch", [], "a list of one float image 3 x 96 x 96"),
+    ("onnx", [], "`image`, one float image 3 x 96 x 96"),
+    ("onnx", ["--detector", "retinanet"], "`image`, one float image 3 x 96 x 96"),
+    ("onnx", ["--detector", "faster_rcnn"], "`image`, one float image 3 x 96 x 96"),
+]
+
+
+@pytest.mark.parametrize(("way", "options", "takes"), EXPORTS)
+def test_an_exported_student_finds_the_same_boxes(
+    way: str, options: list[str], takes: str, tmp_path: Path, capfd: Any
+) -> None:
+    student = new_detector(parse(options), "student", 5).eval()
+    if hasattr(student, "score_thresh"):
+        student.score_thresh = 0.002  # random weights are sure of nothing
+    held_out, file = Scenes(1, 3), tmp_path / EXPORTED[way]
+    said = export(student, held_out, way, tmp_path)
+    count = sum(len(student([held_out[i][0] / 255])[0]["boxes"]) for i in range(3))
+    assert count > 0
+    assert said == f"{file}: takes {takes}; the same {count} boxes on 3 images"
+    # Neither warnings by the hundred nor graphs.
+    assert capfd.readouterr() == ("", "")
+    image = held_out[2][0] / 255
+    expected = student([image])[0]
+    if way == "torch":
+        found = torch.export.load(file).module()([image])[0]
+    else:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_outputs()]
+        assert set(names) == {"boxes", "labels", "scores"}
+        values = session.run(None, {"image": image.numpy()})
+        found = dict(zip(names, map(torch.from_numpy, values), strict=True))
+    assert not difference(expected, found, 0.1)
+
+
+def test_a_student_that_does_not_export_says_why(tmp_path: Path, capfd: Any) -> None:
+    options = parse(["--detector", "faster_rcnn"])
+    said = export(new_detector(options, "student", 5), Scenes(1, 1), "torch", tmp_path)
+    assert said.startswith("no student.pt2: torch does not export this detector (")
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_onnx_without_its_packages_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(command_line, "find_spec", lambda name: name == "onnx" or None)
+    parse(["--export", "torch"])
+    with pytest.raises(SystemExit):
+        parse(["--export", "torch", "onnx"])
+    text = "--export onnx wants onnxruntime: pip install -e '.[onnx]'"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(text)
+
+
+def test_results_differ_by_boxes_and_not_by_their_order() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 8.0, 8.0]])
+    ours = {"boxes": boxes, "scores": torch.tensor([0.5, 0.5]), "labels": torch.tensor([1, 2])}
+    turned = {key: value.flip(0) for key, value in ours.items()}
+    assert not difference(ours, turned, 0.1)
+    assert (
+        difference(ours, turned | {"labels": ours["labels"]}, 0.1) == "2 of 2 have none like them"
+    )
+    assert difference(ours, {key: value[:1] for key, value in ours.items()}, 0.1) == "1 for 2"
