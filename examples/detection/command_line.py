@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import featkd
+from examples.detection.deeppcb import TILES
 from examples.detection.detectors import COMPACT, STOCK
 from examples.detection.devices import wrong_device
 from examples.detection.models import (
@@ -53,7 +54,9 @@ WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
         ("train_images", "held_out_images"),
         ("--data scenes or sparse", lambda options: options.data in DRAWN),
     ),
-    "deeppcb": ("--data deeppcb", lambda options: options.data == "deeppcb"),
+    **dict.fromkeys(
+        ("deeppcb", "tile"), ("--data deeppcb", lambda options: options.data == "deeppcb")
+    ),
     **dict.fromkeys(
         ("flip", "scale_jitter"),
         ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
@@ -147,12 +150,14 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--val-images", type=Path, help="coco: folder of the held-out images")
     add("--val-annotations", type=Path, help="coco: their annotations; None: every tenth image")
     add("--deeppcb", type=Path, help="deeppcb: its folder, a clone or its PCBData")
+    tile = "deeppcb: quarters of its pictures at half size, or pictures in full"
+    add("--tile", choices=TILES, default="quarter", help=tile)
     add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
     add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
     add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
     jitter = "each training image by a factor of this range, as torchvision does: 0.1 2"
     add("--scale-jitter", type=rate, nargs=2, metavar=("LOW", "HIGH"), help=jitter)
-    size = "shorter side in the model; None: 96, tiles 160, torchvision's models 800"
+    size = "shorter side in the model; None: 96, tiles 160 or 640, torchvision's models 800"
     add("--size", type=whole(1), help=size)
     group = parser.add_argument_group("training")
     add = group.add_argument
@@ -220,6 +225,7 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         parser.error(f"--size must be {min(fixed)}, which one of the models has fixed")
     if options.size is None:
         small = 160 if options.data in ("sparse", "deeppcb") else 96
+        small = 640 if options.tile == "full" else small
         options.size = min(fixed, default=small if compact else 800)
     for role, name in models.items():
         weights = getattr(options, f"{role}_weights")

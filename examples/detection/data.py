@@ -26,7 +26,8 @@ def load_data(options: argparse.Namespace) -> Data:
         # The held-out scenes are the same for all seeds.
         return data, Scenes(HELD_OUT_SEED, options.held_out_images, kind=kind), data.classes
     if options.data == "deeppcb":
-        return *(DeepPCB(options.deeppcb, part) for part in ("train", "test")), DeepPCB.classes
+        parts = (DeepPCB(options.deeppcb, part, options.tile) for part in ("train", "test"))
+        return *parts, DeepPCB.classes
     return load_coco(options)
 
 

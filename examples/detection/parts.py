@@ -42,7 +42,7 @@ def new_settings(options: argparse.Namespace, device: torch.device) -> Settings:
         workers=options.workers,
         checkpoint_every=options.checkpoint_every,
         evaluations=options.evaluations,
-        area_scale=AREA_SCALES[options.data],
+        area_scale=1.0 if options.tile == "full" else AREA_SCALES[options.data],
         flip=options.flip,
         scale_jitter=options.scale_jitter,
     )

@@ -38,6 +38,17 @@ def test_tiles_are_quarters_at_half_size(ending: str, tmp_path: Path) -> None:
     assert all(type(target[key]) is type(drawn[key]) for key in drawn)
 
 
+def test_a_tile_in_full_is_the_picture(tmp_path: Path) -> None:
+    data = DeepPCB(write_deeppcb(tmp_path), "train", "full")
+    assert len(data) == 3
+    image, target = data[1]
+    assert image.shape == (3, 640, 640)
+    assert target["boxes"].tolist() == [[20, 30, 60, 70], [290, 400, 330, 440]]
+    assert target["labels"].tolist() == [2, 6]
+    assert (image[:, 400:440, 290:330] == 255).all()
+    assert image[0, 100:110, :16].unique(dim=0).tolist() == [[255, *[0] * 7] * 2]
+
+
 def test_the_parts_are_the_published_lists(tmp_path: Path) -> None:
     write_deeppcb(tmp_path)
     train, test = (DeepPCB(tmp_path, part) for part in ("train", "test"))

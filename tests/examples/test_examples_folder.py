@@ -41,6 +41,7 @@ BAD_OPTIONS = {
         ["--deeppcb", "D"],
         "--deeppcb does nothing here: it wants --data deeppcb",
     ),
+    "tiles of scenes": (["--tile", "quarter"], "--tile does nothing here: it wants --data deeppcb"),
     "deeppcb alone": (["--data", "deeppcb"], "--data deeppcb wants --deeppcb DIR"),
     "scenes in deeppcb": (
         ["--data", "deeppcb", "--deeppcb", "D", "--train-images", "4"],

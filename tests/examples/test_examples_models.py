@@ -9,7 +9,7 @@ import torch
 
 from examples.detection.__main__ import main, parse
 from examples.detection.models import new_detector
-from examples.detection.parts import budget, new_distiller, steps_of
+from examples.detection.parts import budget, new_distiller, new_settings, steps_of
 from examples.detection.processes import JobError
 from examples.detection.progress import expected
 from tests.helpers.coco_folder import write_coco
@@ -84,11 +84,16 @@ def test_levels_of_models_of_any_two_kinds_are_distilled(command: Any, strides: 
 
 
 def test_small_objects_have_the_fcos_that_is_made_for_them() -> None:
-    sizes = [
-        new_detector(parse(["--data", *data]), "student", 4).anchor_generator.sizes[0]
-        for data in (["scenes"], ["sparse"], ["deeppcb", "--deeppcb", "D"])
+    deeppcb = ["deeppcb", "--deeppcb", "D"]
+    all_options = [
+        parse(["--data", *data])
+        for data in (["scenes"], ["sparse"], deeppcb, [*deeppcb, "--tile", "full"])
     ]
-    assert sizes == [(2,), (1,), (1,)]
+    models = [new_detector(options, "student", 4) for options in all_options]
+    assert [model.anchor_generator.sizes[0] for model in models] == [(2,), (1,), (1,), (2,)]
+    assert [options.size for options in all_options] == [96, 160, 160, 640]
+    scales = [new_settings(options, torch.device("cpu")).area_scale for options in all_options]
+    assert scales == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("start", ["imagenet", "coco"])
