@@ -101,10 +101,14 @@ def quiet() -> Iterator[None]:
 def suppressed(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
     """torchvision's batched_nms for any number of boxes; its own asks how many, and none exports.
 
-    Classes are moved apart, so that their boxes do not overlap.
+    Classes are moved apart, so that their boxes do not overlap. Two boxes outside the picture come
+    last and go again: torchvision tells torch.export that at least two are kept.
     """
     reach = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
-    return box_ops.nms(boxes + (classes.to(boxes) * reach)[:, None], scores, threshold)
+    apart = boxes + (classes.to(boxes) * reach)[:, None]
+    outside = boxes.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
+    scores = torch.cat([scores, scores.new_full((2,), -1)])
+    return box_ops.nms(torch.cat([apart, outside]), scores, threshold)[:-2]
 
 
 @torch.no_grad()

@@ -49,6 +49,17 @@ def test_an_exported_student_finds_the_same_boxes(
     assert not difference(expected, found, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("way", "detector"), [("torch", "fcos"), ("torch", "retinanet"), ("onnx", "fcos")]
+)
+def test_a_program_takes_pictures_in_which_it_finds_nothing(
+    way: str, detector: str, tmp_path: Path
+) -> None:
+    student = new_detector(parse(["--detector", detector]), "student", 5)
+    student.score_thresh = 0.9
+    assert export(student, Scenes(1, 2), way, tmp_path).endswith("the same 0 boxes on 2 images")
+
+
 def test_a_student_that_does_not_export_says_why(tmp_path: Path, capfd: Any) -> None:
     options = parse(["--detector", "faster_rcnn"])
     said = export(new_detector(options, "student", 5), Scenes(1, 1), "torch", tmp_path)
