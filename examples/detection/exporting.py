@@ -20,6 +20,8 @@ from examples.detection.checkpoints import replacing
 from examples.detection.run_folder import EXPORTED
 
 LOOKED_AT = 16  # held-out images among which those of the first one's size check the program
+# Of the boxes: where two overlap by just the threshold, rounding chooses.
+MOST_OTHERS = 0.01
 Found = dict[str, Tensor]
 
 
@@ -32,17 +34,18 @@ def export(student: nn.Module, held_out: Dataset[Any], way: str, folder: Path) -
     try:
         with quiet():
             content, takes, program = exported(model, alike[0])
-            count, difference = compared(model, program, alike)
+            count, others = compared(model, program, alike)
     # Whatever an exporter meets in a detector.
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
         return f"no {name}: {way} does not export this detector ({reason})"
-    if difference:
-        return f"no {name}: the exported program finds other boxes ({difference})"
+    if others > MOST_OTHERS * count:
+        return f"no {name}: the exported program finds other boxes, {others} of {count}"
     with replacing(folder / name) as whole:
         whole.write(content)
     size = " x ".join(map(str, alike[0].shape))
-    return f"{folder / name}: takes {takes} {size}; the same {count} boxes on {len(alike)} images"
+    same = f"{count - others} of {count} boxes the same on {len(alike)} images"
+    return f"{folder / name}: takes {takes} {size}; {same}"
 
 
 def by_torch(model: nn.Module, image: Tensor) -> tuple[bytes, str, Callable[[Tensor], Found]]:
@@ -114,23 +117,19 @@ def suppressed(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float)
 @torch.no_grad()
 def compared(
     model: nn.Module, program: Callable[[Tensor], Found], images: list[Tensor]
-) -> tuple[int, str]:
-    """How many boxes there are, and what the first image that differs differs in."""
-    count = 0
+) -> tuple[int, int]:
+    """How many boxes there are, and how many of them are others."""
+    counts, others = 0, 0
     for image in images:
         (ours,), theirs = model([image]), program(image)
-        count += len(ours["boxes"])
-        if text := difference(ours, theirs, 1e-3 * max(image.shape)):
-            return count, text
-    return count, ""
+        counts += max(len(found["boxes"]) for found in (ours, theirs))
+        others += other_boxes(ours, theirs, 1e-3 * max(image.shape))
+    return counts, others
 
 
-def difference(ours: Found, theirs: Found, pixels: float) -> str:
-    """Equal scores may come in another order."""
-    if len(ours["boxes"]) != len(theirs["boxes"]):
-        return f"{len(theirs['boxes'])} for {len(ours['boxes'])}"
-    apart = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(2) > pixels
-    apart |= (ours["scores"][:, None] - theirs["scores"]).abs() > 1e-3
-    apart |= ours["labels"][:, None] != theirs["labels"]
-    alone = int(apart.all(1).sum())
-    return f"{alone} of {len(apart)} have none like them" if alone else ""
+def other_boxes(ours: Found, theirs: Found, pixels: float) -> int:
+    """Boxes without one like them in the other results, wherever equal scores have put it."""
+    alike = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(2) <= pixels
+    alike &= (ours["scores"][:, None] - theirs["scores"]).abs() <= 1e-3
+    alike &= ours["labels"][:, None] == theirs["labels"]
+    return max(int((~alike.any(dim)).sum()) for dim in (0, 1))

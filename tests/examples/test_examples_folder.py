@@ -1,6 +1,8 @@
 """The main job's command line and run folder: nothing is lost, and nothing does nothing."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,14 @@ def test_an_option_that_does_nothing_or_cannot_be_is_an_error(case: str, capsys:
         parse(*arguments)
     assert stop.value.code == 2
     assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_commands_of_readme_and_guide_are_taken() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = re.findall(r"-m examples\.detection\b(.*)", "\n".join(p.read_text() for p in pages))
+    assert len(found) > 4
+    for arguments in found:
+        parse(*shlex.split(arguments, comments=True))
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
