@@ -49,8 +49,8 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     table, exported = printed.split("distilled - plain")
     assert "student.pt2" not in table
-    assert "student.pt2: " in exported
-    assert "student.onnx: " in exported
+    assert "run/student.pt2: takes" in exported
+    assert "run/student.onnx: takes" in exported
     state = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
     student = new_detector(parse(command), "student", 3)
     student.load_state_dict(state)
