@@ -31,8 +31,8 @@ from benchmarks.study.runs import Teacher, plain_run, teacher_of
 from benchmarks.study.tables import table
 from benchmarks.study.train import scenes, trained
 from benchmarks.study.variants import centred
+from examples.detection.batches import collate, to_device
 from examples.detection.detectors import fpn_outputs, levels_of
-from examples.detection.training import collate, to_device
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 MAPS = {

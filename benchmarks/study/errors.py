@@ -29,7 +29,7 @@ from benchmarks.study.plan import TABLES
 from benchmarks.study.runs import Line, Run
 from benchmarks.study.tables import table
 from benchmarks.study.train import scenes, trained
-from examples.detection.training import collate, to_device
+from examples.detection.batches import collate, to_device
 
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 COLUMNS = ("AP50", *KINDS)

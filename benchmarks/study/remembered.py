@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import featkd
+from examples.detection.batches import collate
 from examples.detection.checkpoints import write_atomically
-from examples.detection.training import collate
 
 Remember = Callable[[nn.Module, Mapping[str, str]], dict[str, Tensor]]
 

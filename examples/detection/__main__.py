@@ -21,10 +21,10 @@ from examples.detection.data import load_data
 from examples.detection.detectors import tapped
 from examples.detection.dry_run import dry_run
 from examples.detection.exporting import export
-from examples.detection.parts import budget, new_distiller, new_models, new_settings
+from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
 from examples.detection.processes import JobError, by_first_rank, join_processes, world
 from examples.detection.report import write_report
-from examples.detection.run_folder import EXPORTED, WEIGHTS, RunFolder
+from examples.detection.run_folder import WEIGHTS, RunFolder
 from examples.detection.training import Alone, evaluate, train
 
 STOPPED = 130  # what a shell says of a process that Ctrl-C has ended
@@ -53,35 +53,35 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
     if state == "new":
         by_first_rank(folder.begin)
 
-    settings = new_settings(options, device)
+    settings, steps = new_settings(options, device), steps_of(options, len(data))
     if rank == 0:
-        print(budget(options, len(data)))
+        print(budget(steps, options.batch_size, len(data)))
     if options.compile:
         for model in models.values():
             model.backbone.compile()
 
-    def run(name: str, model: nn.Module, steps: int) -> Curve:
+    def run(name: str, model: nn.Module) -> Curve:
         # The compiler guards no hooks: the plain student's code would serve the tapped one too.
         torch.compiler.reset()
         checkpoint = folder.path / f"{name}.checkpoint.pt"
-        return train(name, model, data, held_out, steps, settings, checkpoint)
+        return train(name, model, data, held_out, steps[name], settings, checkpoint)
 
     runs: dict[str, Curve] = {}
     if options.teacher is None:
-        runs["teacher"] = run("teacher", Alone(teacher), options.teacher_steps)
+        runs["teacher"] = run("teacher", Alone(teacher))
     else:
         runs["teacher"] = Curve(evaluations=[(0, evaluate(teacher, held_out, settings))])
-    runs["plain"] = run("plain", Alone(plain), options.steps)
-    runs["distilled"] = run("distilled", distiller, options.steps)
+    runs["plain"] = run("plain", Alone(plain))
+    runs["distilled"] = run("distilled", distiller)
     if rank == 0:
         for name, model in models.items():
             file = WEIGHTS[name]
             if not folder.is_given(file):
                 state = {key: value.cpu() for key, value in model.state_dict().items()}
                 write_atomically(folder.path / file, state)
-        if options.export:
-            print(export(student, held_out, folder.path / EXPORTED))
         write_report(options, folder, runs, models, layers, held_out, classes, device)
+        for way in options.export or ():
+            print(export(student, held_out, way, folder.path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,9 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from examples.detection.coco_check import (
-    CocoError,
     Entry,
-    Findings,
     check_annotations,
     check_categories,
     check_images,
@@ -22,6 +20,7 @@ from examples.detection.coco_check import (
     read_file,
     share_inside,
 )
+from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import Picture, Size, check_pictures, read_picture
 
 # Of a box's area in its picture. Some data sets guess what goes on behind the edge.
@@ -34,7 +33,7 @@ class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     `notes` says what was left out or changed: boxes of no area, and crowds, which are no single
     objects; images without a box are kept as background. All that is wrong with the file or its
-    pictures is one :class:`CocoError`; for that every picture is decoded once.
+    pictures is one :class:`DataError`; for that every picture is decoded once.
     """
 
     def __init__(self, images: Path, annotations: Path) -> None:
@@ -86,9 +85,9 @@ class Checked:
 
 
 def read_annotations(images: Path, annotations: Path) -> Checked:
-    """The content of the annotation file, or a :class:`CocoError` that says what to mend."""
+    """The content of the annotation file, or a :class:`DataError` that says what to mend."""
     if not images.is_dir():
-        raise CocoError(f"`--images` must be a folder, got {images}")
+        raise DataError(f"`--images` must be a folder, got {images}")
     content = read_file(annotations)
     findings = Findings(annotations)
     categories = check_categories(content, findings)
@@ -111,7 +110,7 @@ def read_annotations(images: Path, annotations: Path) -> Checked:
             findings.add(where, rule, f"{annotation['bbox']} in {size[0]} x {size[1]}")
     findings.say()
     if not any(is_object(annotation) for _, annotation in usable):
-        raise CocoError(f"{annotations} must hold at least one box with an area, got none")
+        raise DataError(f"{annotations} must hold at least one box with an area, got none")
     kept = [annotation for _, annotation in usable]
     return Checked(present, pictures, kept, categories, reaching)
 

@@ -7,39 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.detection.processes import JobError
+from examples.detection.findings import DataError, Findings
 
-SHOWN = 5
 LISTS = ("images", "annotations", "categories")
 Entry = dict[str, Any]
-
-
-class CocoError(JobError):
-    """What is wrong with the data, in words for the person who started the job."""
-
-
-class Findings:
-    """What is wrong with the data of one annotation file, gathered by the rule that is broken."""
-
-    def __init__(self, annotations: Path) -> None:
-        self.annotations = annotations
-        self.of_rule: dict[str, list[str]] = {}
-
-    def add(self, where: str, rule: str, found: str | None = None) -> None:
-        got = "" if found is None else f", got {found:.100}"
-        self.of_rule.setdefault(rule, []).append(f"{where}: {rule}{got}")
-
-    def say(self) -> None:
-        """Nothing where there are none, else an error with the first few of each rule."""
-        if not self.of_rule:
-            return
-        count = sum(map(len, self.of_rule.values()))
-        lines = [f"{self.annotations}: {count} to mend, nothing has been trained"]
-        for found in self.of_rule.values():
-            lines += found[:SHOWN]
-            if len(found) > SHOWN:
-                lines.append(f"and {len(found) - SHOWN} more like this")
-        raise CocoError("\n  ".join(lines))
 
 
 class Missing:
@@ -52,15 +23,15 @@ MISSING = Missing()
 
 def read_file(annotations: Path) -> dict[str, list[Entry]]:
     if not annotations.is_file():
-        raise CocoError(f"`--annotations` must be a file, got {annotations}")
+        raise DataError(f"`--annotations` must be a file, got {annotations}")
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CocoError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
+        raise DataError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
     lists = content if isinstance(content, dict) else {}
     absent = ", ".join(repr(name) for name in LISTS if not isinstance(lists.get(name), list))
     if absent:
-        raise CocoError(f"{annotations} must be a COCO detection file, got no list under {absent}")
+        raise DataError(f"{annotations} must be a COCO detection file, got no list under {absent}")
     return {name: content[name] for name in LISTS}
 
 

@@ -4,11 +4,13 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import featkd
+from examples.detection.deeppcb import TILES
 from examples.detection.detectors import COMPACT, STOCK
 from examples.detection.devices import wrong_device
 from examples.detection.models import (
@@ -22,6 +24,7 @@ from examples.detection.models import (
     name_of,
 )
 from examples.detection.models import COMPACT as COMPACT_NAMES
+from examples.detection.run_folder import EXPORTED
 
 PRESETS = {
     "standardized": featkd.STANDARDIZED,
@@ -40,6 +43,7 @@ QUICK = {
     "evaluations": 2,
 }
 DRAWN = ("scenes", "sparse")
+ONNX = ("onnx", "onnxruntime")
 # Options that would do nothing without another: what they want, in words and as a test.
 WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     **dict.fromkeys(
@@ -50,14 +54,19 @@ WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
         ("train_images", "held_out_images"),
         ("--data scenes or sparse", lambda options: options.data in DRAWN),
     ),
-    "deeppcb": ("--data deeppcb", lambda options: options.data == "deeppcb"),
-    "flip": ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    **dict.fromkeys(
+        ("deeppcb", "tile"), ("--data deeppcb", lambda options: options.data == "deeppcb")
+    ),
+    **dict.fromkeys(
+        ("flip", "scale_jitter"),
+        ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    ),
     "detector": (
         "a model that is no whole detector of torchvision",
         lambda options: {options.student, options.teacher_model} - {*BUILDERS},
     ),
     **dict.fromkeys(
-        ("teacher_steps", "teacher_weights"),
+        ("teacher_steps", "teacher_epochs", "teacher_weights"),
         ("no --teacher", lambda options: options.teacher is None),
     ),
     "overwrite": ("no --resume", lambda options: not options.resume),
@@ -78,7 +87,7 @@ EPILOG = f"""MODEL is one of
   a whole detector of torchvision:
 {listed(BUILDERS)}
 The run's folder gets results.json, three pictures, teacher.pt, plain.pt and student.pt (each a
-state dict), and with --export student.pt2. --dry-run goes with any other options."""
+state dict), and what --export asks for. --dry-run goes with any other options."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -141,14 +150,23 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--val-images", type=Path, help="coco: folder of the held-out images")
     add("--val-annotations", type=Path, help="coco: their annotations; None: every tenth image")
     add("--deeppcb", type=Path, help="deeppcb: its folder, a clone or its PCBData")
+    tile = "deeppcb: quarters of its pictures at half size, or pictures in full"
+    add("--tile", choices=TILES, default="quarter", help=tile)
     add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
     add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
     add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
-    size = "shorter side in the model; None: 96, tiles 160, torchvision's models 800"
+    jitter = "each training image by a factor of this range, as torchvision does: 0.1 2"
+    add("--scale-jitter", type=rate, nargs=2, metavar=("LOW", "HIGH"), help=jitter)
+    size = "shorter side in the model; None: 96, tiles 160 or 640, torchvision's models 800"
     add("--size", type=whole(1), help=size)
-    add = parser.add_argument_group("training").add_argument
-    add("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
-    add("--steps", type=whole(1), default=600, help="of each student")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
+    either("--teacher-epochs", type=rate, help="of it, in place of steps")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--steps", type=whole(1), default=600, help="of each student")
+    either("--epochs", type=rate, help="likewise, in place of steps")
     add("--batch-size", type=whole(1), default=8, help="over all processes")
     highest = "at its highest; None: 0.003, with models of torchvision 0.0002"
     add("--learning-rate", type=rate, help=highest)
@@ -164,7 +182,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/distill_detector"), help="folder of the run")
     looks = "look at data, models, one step's gradients, time and memory; write nothing"
     add("--dry-run", action="store_true", help=looks)
-    add("--export", action="store_true", help="write the student by torch.export too")
+    ways = "write the student as student.pt2 of torch.export or as student.onnx too"
+    add("--export", nargs="+", choices=EXPORTED, metavar="WAY", help=f"{ways}: torch, onnx or both")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--overwrite", action="store_true", help="replace the run in --output, if there is one")
     quick = ", ".join(f"{option(name)} {value}" for name, value in QUICK.items())
@@ -195,6 +214,10 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         options.learning_rate = 3e-3 if compact else 2e-4
     if options.flip is None:
         options.flip = 0.0 if options.data in DRAWN else 0.5
+    if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
+        parser.error(
+            "--scale-jitter wants LOW first: {:g} is over {:g}".format(*options.scale_jitter)
+        )
     fixed = {FIXED_SIZES[name] for name in models.values() if name in FIXED_SIZES}
     if len(fixed) > 1:
         parser.error(f"{' and '.join(models.values())} take images of one size each, and not one")
@@ -202,6 +225,7 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         parser.error(f"--size must be {min(fixed)}, which one of the models has fixed")
     if options.size is None:
         small = 160 if options.data in ("sparse", "deeppcb") else 96
+        small = 640 if options.tile == "full" else small
         options.size = min(fixed, default=small if compact else 800)
     for role, name in models.items():
         weights = getattr(options, f"{role}_weights")
@@ -215,6 +239,9 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         parser.error("--val-images and --val-annotations go together")
     if options.teacher is not None and not options.teacher.is_file():
         parser.error(f"--teacher must be a file, got {options.teacher}")
+    absent = [name for name in ONNX if not find_spec(name)]
+    if absent and "onnx" in (options.export or ()):
+        parser.error(f"--export onnx wants {' and '.join(absent)}: pip install -e '.[onnx]'")
     if (wrong := wrong_device(options.device)) is not None:
         parser.error(f"--device {options.device}: {wrong}")
     return options

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from examples.detection.coco import CocoError, CocoFolder
+from examples.detection.coco import CocoFolder
 from examples.detection.command_line import HELD_OUT_SEED
 from examples.detection.deeppcb import DeepPCB
+from examples.detection.findings import DataError
 from examples.detection.scenes import DENSE, SPARSE, Scenes
 
 KINDS = {"scenes": DENSE, "sparse": SPARSE}
@@ -25,7 +26,8 @@ def load_data(options: argparse.Namespace) -> Data:
         # The held-out scenes are the same for all seeds.
         return data, Scenes(HELD_OUT_SEED, options.held_out_images, kind=kind), data.classes
     if options.data == "deeppcb":
-        return *(DeepPCB(options.deeppcb, part) for part in ("train", "test")), DeepPCB.classes
+        parts = (DeepPCB(options.deeppcb, part, options.tile) for part in ("train", "test"))
+        return *parts, DeepPCB.classes
     return load_coco(options)
 
 
@@ -34,14 +36,14 @@ def load_coco(options: argparse.Namespace) -> Data:
     if options.val_images is not None:
         held_out = read_coco(options.val_images, options.val_annotations)
         if held_out.classes != data.classes:
-            raise CocoError("--val-annotations must have the categories of --annotations")
+            raise DataError("--val-annotations must have the categories of --annotations")
         return data, held_out, data.classes
     tenth = range(0, len(data), 10)
     rest = [i for i in range(len(data)) if i % 10]
     print(f"held out: every tenth of the {len(data)} images")
     for part, indices in (("training", rest), ("held-out", tenth)):
         if all(data.starts[i] == data.starts[i + 1] for i in indices):
-            raise CocoError(
+            raise DataError(
                 f"the {part} images must hold at least one box, got none in {len(indices)} of "
                 f"{options.annotations}: give --val-images and --val-annotations"
             )

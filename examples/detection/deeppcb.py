@@ -1,7 +1,8 @@
 """DeepPCB (Tang et al. 2019): photographs of circuit boards with six kinds of small defects.
 
 https://github.com/tangsanli5201/DeepPCB, as it is cloned, or a copy of its `PCBData` whose pictures
-are PNG in place of JPEG. Each picture of 640 pixels gives four tiles: its quarters at half size.
+are PNG in place of JPEG. A picture of 640 pixels gives four tiles, its quarters at half size, or
+one in full.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from examples.detection.coco_check import CocoError, Findings
+from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import check_pictures
 
 LISTS = {"train": "trainval.txt", "test": "test.txt"}
 KINDS = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
 ENDINGS = (".jpg", ".png")
-TILES = 4
+# Of a tile, how many are beside each other in a picture, which is made smaller by as much.
+TILES = {"quarter": 2, "full": 1}
 # Of a defect's area that a tile must show; of what it shows less the target says nothing.
 LEAST_SHOWN = 0.5
 
@@ -38,31 +40,33 @@ class Board:
 class DeepPCB(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Tiles of the list `part`, `"train"` or `"test"`; those without a defect are kept.
 
-    An item is a uint8 image `(3, 160, 160)` and its target, as of :class:`Scenes`. All that is
-    wrong with the folder is one error; for that every picture is decoded once.
+    An item is a uint8 image, `(3, 160, 160)` for the tile `"quarter"` and `(3, 640, 640)` for
+    `"full"`, and its target, as of :class:`Scenes`. All that is wrong with the folder is one error;
+    for that every picture is decoded once.
     """
 
     classes = ("background", *KINDS)
 
-    def __init__(self, folder: Path, part: str) -> None:
+    def __init__(self, folder: Path, part: str, tile: str = "quarter") -> None:
         self.boards = read_boards(folder, part)
-        self.halved: dict[int, Image.Image] = {}
+        self.side = TILES[tile]
+        self.reduced: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
-        return TILES * len(self.boards)
+        return self.side**2 * len(self.boards)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be in 0..{len(self) - 1}, got {index}")
-        board, place = divmod(index, TILES)
-        if board not in self.halved:
+        board, place = divmod(index, self.side**2)
+        if board not in self.reduced:
             with Image.open(self.boards[board].picture) as picture:
-                self.halved[board] = picture.convert("L").reduce(2)
-        halved = self.halved[board]
+                self.reduced[board] = picture.convert("L").reduce(self.side)
+        reduced = self.reduced[board]
         # Of an odd number of pixels the last is left out.
-        width, height = halved.width // 2, halved.height // 2
-        left, top = width * (place % 2), height * (place // 2)
-        tile = np.asarray(halved.crop((left, top, left + width, top + height)))
+        width, height = reduced.width // self.side, reduced.height // self.side
+        left, top = width * (place % self.side), height * (place // self.side)
+        tile = np.asarray(reduced.crop((left, top, left + width, top + height)))
         boxes, labels = self.in_tile(board, (left, top, left + width, top + height))
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
@@ -72,8 +76,8 @@ class DeepPCB(Dataset[tuple[Tensor, dict[str, Any]]]):
         return tv_tensors.Image(torch.from_numpy(tile.copy()).expand(3, -1, -1)), target
 
     def in_tile(self, board: int, tile: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-        """What a part `(left, top, right, bottom)` of the halved picture shows of its boxes."""
-        boxes = self.boards[board].boxes / 2
+        """What a part `(left, top, right, bottom)` of the reduced picture shows of its boxes."""
+        boxes = self.boards[board].boxes / self.side
         low, high = torch.tensor(tile[:2] * 2), torch.tensor(tile[2:] * 2)
         shown = boxes.clamp(low, high)
         kept = area(shown) >= LEAST_SHOWN * area(boxes)
@@ -85,13 +89,13 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def read_boards(folder: Path, part: str) -> list[Board]:
-    """What the list names, or a :class:`CocoError` that says what to mend."""
+    """What the list names, or a :class:`DataError` that says what to mend."""
     if not folder.is_dir():
-        raise CocoError(f"`--deeppcb` must be a folder, got {folder}")
+        raise DataError(f"`--deeppcb` must be a folder, got {folder}")
     # Of a clone the data are in a folder of their own.
     root = next((r for r in (folder, folder / "PCBData") if (r / LISTS[part]).is_file()), None)
     if root is None:
-        raise CocoError(f"`--deeppcb` must hold {LISTS[part]}, or PCBData/{LISTS[part]}: {folder}")
+        raise DataError(f"`--deeppcb` must hold {LISTS[part]}, or PCBData/{LISTS[part]}: {folder}")
     findings = Findings(root / LISTS[part])
     boards = []
     for number, line in enumerate((root / LISTS[part]).read_text("utf-8").splitlines(), 1):
@@ -107,7 +111,7 @@ def read_boards(folder: Path, part: str) -> list[Board]:
             findings.add(where, "the boxes must lie in their picture", size)
     findings.say()
     if not any(len(board.boxes) for board in boards):
-        raise CocoError(f"{findings.annotations} must name a picture with a defect, got none")
+        raise DataError(f"{findings.annotations} must name a picture with a defect, got none")
     return boards
 
 

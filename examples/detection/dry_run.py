@@ -15,19 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import featkd
+from examples.detection.batches import batch_indices, collate, to_device
 from examples.detection.data import load_data
-from examples.detection.parts import budget, new_distiller, new_models, new_settings
+from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
 from examples.detection.processes import JobError, world
 from examples.detection.progress import expected
-from examples.detection.training import (
-    Alone,
-    Settings,
-    batch_indices,
-    collate,
-    evaluate,
-    to_device,
-    train,
-)
+from examples.detection.training import Alone, Settings, evaluate, train
 
 try:
     import resource
@@ -57,20 +50,19 @@ def dry_run(options: argparse.Namespace, device: torch.device) -> None:
     batch = to_device(collate([data[i] for i in indices]), device)
     optimizer = torch.optim.AdamW(distiller.parameters())
     print(f"\none step of distillation:\n\n{distiller.report(*batch, optimizer=optimizer)}\n")
-    print(budget(options, len(data)))
-    runs = {"plain": (Alone(plain), options.steps), "distilled": (distiller, options.steps)}
-    if options.teacher is None:
-        runs = {"teacher": (Alone(teacher), options.teacher_steps), **runs}
+    steps = steps_of(options, len(data))
+    print(budget(steps, options.batch_size, len(data)))
+    stepped = {"teacher": Alone(teacher), "plain": Alone(plain), "distilled": distiller}
     total = 0.0
     timed = replace(settings, evaluations=0, checkpoint_every=sys.maxsize)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (model, steps) in runs.items():
-            for turn, count in enumerate((1, TIMED)):
+        for name, count in steps.items():
+            for turn, some in enumerate((1, TIMED)):
                 checkpoint = Path(folder, f"{name}.{turn}")
-                curve = train(name, model, data, held_out, count, timed, checkpoint)
-            total += steps * curve.seconds / TIMED
+                curve = train(name, stepped[name], data, held_out, some, timed, checkpoint)
+            total += count * curve.seconds / TIMED
             print(f"{name}: {curve.seconds / TIMED:.3g} s a step")
-    print(f"in all {expected(total)}, and {evaluations(plain, held_out, settings, len(runs))}")
+    print(f"in all {expected(total)}, and {evaluations(plain, held_out, settings, len(steps))}")
     print(peak_memory(device))
     print("nothing has been written")
 

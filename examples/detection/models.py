@@ -86,7 +86,7 @@ def untrained(
 ) -> nn.Module:
     size, family = options.size, FAMILY[options.detector]
     if name in COMPACT:
-        small = options.data in ("sparse", "deeppcb")
+        small = options.data in ("sparse", "deeppcb") and options.tile != "full"
         return build(family, role, classes, size, COMPACT[name], small_objects=small)
     sizes = {} if name in FIXED_SIZES else {"min_size": size, "max_size": size * 1333 // 800}
     if name in BUILDERS:

@@ -1,6 +1,7 @@
 """The parts of a run, from its options."""
 
 import argparse
+import math
 
 import torch
 from torch import nn
@@ -41,18 +42,29 @@ def new_settings(options: argparse.Namespace, device: torch.device) -> Settings:
         workers=options.workers,
         checkpoint_every=options.checkpoint_every,
         evaluations=options.evaluations,
-        area_scale=AREA_SCALES[options.data],
+        area_scale=1.0 if options.tile == "full" else AREA_SCALES[options.data],
         flip=options.flip,
+        scale_jitter=options.scale_jitter,
     )
 
 
-def budget(options: argparse.Namespace, pictures: int) -> str:
+def steps_of(options: argparse.Namespace, pictures: int) -> dict[str, int]:
+    """Of each training; a batch may hold the end of one epoch and the start of the next."""
+
+    def steps(count: int, epochs: float | None) -> int:
+        return count if epochs is None else math.ceil(epochs * pictures / options.batch_size)
+
+    student = steps(options.steps, options.epochs)
+    if options.teacher is not None:
+        return {"plain": student, "distilled": student}
+    teacher = steps(options.teacher_steps, options.teacher_epochs)
+    return {"teacher": teacher, "plain": student, "distilled": student}
+
+
+def budget(steps: dict[str, int], batch_size: int, pictures: int) -> str:
     """What is going to be trained; the first ten steps of each tell the time."""
-    steps = {"plain": options.steps, "distilled": options.steps}
-    if options.teacher is None:
-        steps = {"teacher": options.teacher_steps, **steps}
     parts = [
-        f"{name} {count:,} ({count * options.batch_size / pictures:.1f} epochs)"
+        f"{name} {count:,} ({count * batch_size / pictures:.1f} epochs)"
         for name, count in steps.items()
     ]
-    return f"steps of {options.batch_size} of {pictures:,} pictures: {', '.join(parts)}"
+    return f"steps of {batch_size} of {pictures:,} pictures: {', '.join(parts)}"

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 from torchvision.ops import nms
 
 import featkd
+from examples.detection.batches import collate
 from examples.detection.checkpoints import Curve
 from examples.detection.run_folder import PICTURES, RESULTS, WEIGHTS, RunFolder
-from examples.detection.training import METRICS, collate
+from examples.detection.training import METRICS
 
 TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 TEMPERATURES = (0.5, 1.0, 4.0, 16.0)

@@ -22,7 +22,7 @@ JOB = "featkd/distill_detector"
 MODELS = ("teacher", "plain", "distilled")
 # Of each run, what it leaves: the one that all was done for is the student.
 WEIGHTS = {"teacher": "teacher.pt", "plain": "plain.pt", "distilled": "student.pt"}
-EXPORTED = "student.pt2"
+EXPORTED = {"torch": "student.pt2", "onnx": "student.onnx"}
 ENDINGS = (".pt", ".partial", ".checkpoint.pt", ".checkpoint.partial")
 PICTURES = ("curves.png", "attention.png", "detections.png")
 RESULTS = "results.json"
@@ -31,7 +31,7 @@ WRITTEN = (
     *(f"{model}{ending}" for model in MODELS for ending in ENDINGS),
     "student.pt",
     "student.partial",
-    EXPORTED,
+    *EXPORTED.values(),
     *PICTURES,
     RESULTS,
     "results.partial",

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.transforms.v2 import functional as F
 
-from examples.detection.augmentation import flipped
+from examples.detection.augmentation import augmented, drawn
+from examples.detection.batches import batch_indices, collate, to_device
 from examples.detection.checkpoints import Curve, load, save
 from examples.detection.interrupts import interrupts, leave_interrupts_to_main
 from examples.detection.processes import JobError, any_rank, of_all_ranks, world
@@ -33,7 +33,7 @@ FIRST = 10  # steps that tell the time of the others
 class Settings:
     """What a run needs beside its model and data; `area_scale` see :func:`evaluate`.
 
-    `flip` is the share of the training images that are mirrored, left for right.
+    `flip` and `scale_jitter` see :func:`augmented`.
     """
 
     batch_size: int
@@ -46,6 +46,7 @@ class Settings:
     evaluations: int
     area_scale: float
     flip: float = 0.0
+    scale_jitter: tuple[float, float] | None = None
 
 
 class Alone(nn.Module):
@@ -57,43 +58,6 @@ class Alone(nn.Module):
 
     def forward(self, *args: Any) -> tuple[Any, dict[str, Tensor]]:
         return self.student(*args), {}
-
-
-def batch_indices(
-    length: int, batch_size: int, seed: int, first: int, last: int
-) -> list[list[int]]:
-    """This rank's images at steps `first` to `last`; all ranks' together depend on seed and step.
-
-    Steps run over the ends of epochs, so that no batch is short. Where the batch size is no
-    multiple of the ranks, the first ranks have an image more: see :func:`backward`.
-    """
-    rank, ranks = world()
-    orders: dict[int, list[int]] = {}
-
-    def image(position: int) -> int:
-        epoch, place = divmod(position, length)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(length, generator=generator).tolist()
-        return orders[epoch][place]
-
-    starts = range(first * batch_size, last * batch_size, batch_size)
-    return [[image(start + i) for i in range(rank, batch_size, ranks)] for start in starts]
-
-
-def collate(
-    samples: list[tuple[Tensor, dict[str, Any]]],
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    images = [
-        F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor) for image, _ in samples
-    ]
-    return images, [{k: v.as_subclass(Tensor) for k, v in target.items()} for _, target in samples]
-
-
-def to_device(batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: torch.device) -> Any:
-    images, targets = batch
-    moved = [{k: v.to(device) for k, v in target.items()} for target in targets]
-    return [image.to(device) for image in images], moved
 
 
 def train(
@@ -139,8 +103,9 @@ def train(
     with interrupts() as asked, Progress(name, steps, done, "step", silent=rank > 0) as progress:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
-            if settings.flip:
-                batch = flipped(batch, settings.flip, settings.seed, step, settings.batch_size)
+            if settings.flip or settings.scale_jitter:
+                draws = drawn(settings.seed, step, settings.batch_size)
+                batch = augmented(batch, draws, settings.flip, settings.scale_jitter)
             # What a step draws (Faster R-CNN's samples) depends on seed, step and rank alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
             optimizer.zero_grad()

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.detection import __main__ as job
-from examples.detection import checkpoints, detectors, training
+from examples.detection import batches, checkpoints, detectors, training
 from examples.detection.models import new_detector
 from examples.detection.parts import new_distiller
 from examples.detection.scenes import Scenes
@@ -99,8 +99,8 @@ def net_backward(model, batch):
 def detector_step(model):
     """The main job's, of this rank's images."""
     data = scenes()
-    (indices,) = training.batch_indices(len(data), SETTINGS.batch_size, SETTINGS.seed, 0, 1)
-    training.backward(model, training.collate([data[i] for i in indices]), SETTINGS)
+    (indices,) = batches.batch_indices(len(data), SETTINGS.batch_size, SETTINGS.seed, 0, 1)
+    training.backward(model, batches.collate([data[i] for i in indices]), SETTINGS)
 
 
 MODELS = {"net": (net, net_step), "detector": (detector, detector_step)}

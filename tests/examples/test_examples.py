@@ -501,9 +501,10 @@ def test_boxes_alone_are_evaluated_as_before_where_either_side_has_no_masks() ->
 
 
 def test_mask_r_cnn_learns_from_masks_and_finds_some() -> None:
+    from examples.detection.batches import collate
     from examples.detection.detectors import MASK_RCNN, build
     from examples.detection.scenes import Scenes
-    from examples.detection.training import MASK_METRICS, collate, evaluate
+    from examples.detection.training import MASK_METRICS, evaluate
 
     torch.manual_seed(0)
     model = build(MASK_RCNN, "student", 5, 96)
@@ -521,9 +522,9 @@ def test_a_student_of_another_backbone_is_paired_with_the_teacher_at_what_enters
     name: str,
 ) -> None:
     import featkd
+    from examples.detection.batches import collate
     from examples.detection.detectors import BACKBONES, LEVELS, build, levels_of
     from examples.detection.scenes import Scenes
-    from examples.detection.training import collate
 
     assert name in BACKBONES
     student, teacher = (build("fcos", "student", 5, 96, shape) for shape in (name, (6, 1, 32)))

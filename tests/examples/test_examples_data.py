@@ -37,9 +37,9 @@ def read(images: Path, annotations: Path) -> Any:
 
 
 def what_is_wrong(images: Path, annotations: Path) -> str:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import DataError
 
-    with pytest.raises(CocoError) as error:
+    with pytest.raises(DataError) as error:
         read(images, annotations)
     return str(error.value)
 
@@ -61,12 +61,12 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_data_is_said_before_any_training(case: str, folder: tuple[Path, Path]) -> None:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import DataError
 
     images, annotations = folder
     spoil, text = BAD_FILES[case]
     spoil(images, annotations, json.loads(annotations.read_text()))
-    with pytest.raises(CocoError, match=text):
+    with pytest.raises(DataError, match=text):
         read(images, annotations)
 
 
@@ -133,7 +133,7 @@ VALUES = (None, True, *NAMES, -1, 0, 0.5, NAN, HUGE, [], [1], {}, {"id": 1})
 
 
 def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) -> None:
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import DataError
 
     images, annotations = folder
     whole = annotations.read_text()
@@ -145,7 +145,7 @@ def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) 
                 change(annotations, kind, 0, **{key: value})
                 try:
                     data = read(images, annotations)
-                except CocoError as error:
+                except DataError as error:
                     said.append(str(error))
                 else:
                     read_well += 1
@@ -215,17 +215,17 @@ def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
 
 def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path]) -> None:
     from examples.detection.__main__ import load_data, parse
-    from examples.detection.coco import CocoError
+    from examples.detection.findings import DataError
 
     images, annotations = folder
     change(annotations, "annotations", 0, iscrowd=1)
     options = ["--data", "coco", "--images", str(images), "--annotations", str(annotations)]
-    with pytest.raises(CocoError, match="the held-out images must hold at least one box"):
+    with pytest.raises(DataError, match="the held-out images must hold at least one box"):
         load_data(parse(options))
     content = json.loads(annotations.read_text())
     content["images"], content["annotations"] = content["images"][2:3], content["annotations"][1:2]
     annotations.write_text(json.dumps(content))
-    with pytest.raises(CocoError, match="the training images must hold at least one box"):
+    with pytest.raises(DataError, match="the training images must hold at least one box"):
         load_data(parse(options))
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.detection.coco_check import CocoError
 from examples.detection.deeppcb import DeepPCB
+from examples.detection.findings import DataError
 from examples.detection.scenes import Scenes
 from tests.helpers.deeppcb_folder import write_deeppcb
 
@@ -36,6 +36,17 @@ def test_tiles_are_quarters_at_half_size(ending: str, tmp_path: Path) -> None:
     assert image.dtype == scene.dtype
     assert target.keys() == drawn.keys()
     assert all(type(target[key]) is type(drawn[key]) for key in drawn)
+
+
+def test_a_tile_in_full_is_the_picture(tmp_path: Path) -> None:
+    data = DeepPCB(write_deeppcb(tmp_path), "train", "full")
+    assert len(data) == 3
+    image, target = data[1]
+    assert image.shape == (3, 640, 640)
+    assert target["boxes"].tolist() == [[20, 30, 60, 70], [290, 400, 330, 440]]
+    assert target["labels"].tolist() == [2, 6]
+    assert (image[:, 400:440, 290:330] == 255).all()
+    assert image[0, 100:110, :16].unique(dim=0).tolist() == [[255, *[0] * 7] * 2]
 
 
 def test_the_parts_are_the_published_lists(tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def broken(folder: Path) -> list[str]:
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     expected = broken(write_deeppcb(tmp_path))
-    with pytest.raises(CocoError) as error:
+    with pytest.raises(DataError) as error:
         DeepPCB(tmp_path, "train")
     for text in expected:
         assert text in str(error.value)
@@ -83,7 +94,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 def lone(folder: Path, change: Any) -> str:
     change(folder)
-    with pytest.raises(CocoError) as error:
+    with pytest.raises(DataError) as error:
         DeepPCB(folder, "train")
     assert "\n" not in str(error.value)
     return str(error.value)

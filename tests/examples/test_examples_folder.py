@@ -1,6 +1,8 @@
 """The main job's command line and run folder: nothing is lost, and nothing does nothing."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ BAD_OPTIONS = {
         ["--deeppcb", "D"],
         "--deeppcb does nothing here: it wants --data deeppcb",
     ),
+    "tiles of scenes": (["--tile", "quarter"], "--tile does nothing here: it wants --data deeppcb"),
     "deeppcb alone": (["--data", "deeppcb"], "--data deeppcb wants --deeppcb DIR"),
     "scenes in deeppcb": (
         ["--data", "deeppcb", "--deeppcb", "D", "--train-images", "4"],
@@ -48,6 +51,15 @@ BAD_OPTIONS = {
     ),
     "scenes mirrored": (["--flip", "0.5"], "--flip does nothing here: it wants --data coco or"),
     "too often mirrored": ([*COCO, "--flip", "2"], "--flip: must be in 0..1, got 2"),
+    "scenes scaled": (
+        ["--data", "sparse", "--scale-jitter", "0.1", "2"],
+        "--scale-jitter does nothing here: it wants --data coco or deeppcb",
+    ),
+    "scaled to nothing": ([*COCO, "--scale-jitter", "0", "2"], "must be over 0 and finite, got 0"),
+    "scaled backwards": (
+        [*COCO, "--scale-jitter", "2", "0.1"],
+        "--scale-jitter wants LOW first: 2 is over 0.1",
+    ),
     "no such model": (["--student", "resnet9"], "--student: invalid choice: 'resnet9'"),
     "a detector beside two": (
         ["--detector", "fcos", *WHOLE, "--teacher-model", "retinanet_resnet50_fpn_v2"],
@@ -78,6 +90,17 @@ BAD_OPTIONS = {
         "images of one size each",
     ),
     "no steps": (["--steps", "0"], "--steps: must be at least 1, got 0"),
+    "no epochs": (["--epochs", "0"], "--epochs: must be over 0 and finite, got 0"),
+    "epochs and steps": (["--steps", "600", "--epochs", "2"], "not allowed with argument --steps"),
+    "the teacher's": (
+        ["--teacher-epochs", "2", "--teacher-steps", "1000"],
+        "not allowed with argument --teacher-epochs",
+    ),
+    "no epochs of a given one": (
+        ["--teacher", __file__, "--teacher-epochs", "9"],
+        "--teacher-epochs does nothing here: it wants no --teacher",
+    ),
+    "no such way out": (["--export", "tflite"], "--export: invalid choice: 'tflite'"),
     "no evaluations": (["--evaluations", "0"], "--evaluations: must be at least 1"),
     "no checkpoints": (["--checkpoint-every", "0"], "--checkpoint-every: must be at least 1"),
     "no rate": (["--learning-rate", "nan"], "--learning-rate: must be over 0 and finite, got nan"),
@@ -94,6 +117,14 @@ def test_an_option_that_does_nothing_or_cannot_be_is_an_error(case: str, capsys:
         parse(*arguments)
     assert stop.value.code == 2
     assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_commands_of_readme_and_guide_are_taken() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = re.findall(r"-m examples\.detection\b(.*)", "\n".join(p.read_text() for p in pages))
+    assert len(found) > 4
+    for arguments in found:
+        parse(*shlex.split(arguments, comments=True))
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

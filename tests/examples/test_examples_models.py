@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from examples.detection.__main__ import main, parse
-from examples.detection.augmentation import flipped
-from examples.detection.exporting import difference, export
 from examples.detection.models import new_detector
-from examples.detection.parts import new_distiller
+from examples.detection.parts import budget, new_distiller, new_settings, steps_of
 from examples.detection.processes import JobError
 from examples.detection.progress import expected
-from examples.detection.scenes import Scenes
 from tests.helpers.coco_folder import write_coco
 from tests.helpers.deeppcb_folder import write_deeppcb
 
@@ -48,9 +45,12 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
         "nothing has been written",
     ):
         assert text in printed
-    main([*command, "--export"])
+    main([*command, "--export", "torch", "onnx"])
     printed = capsys.readouterr().out
-    assert "student.pt2: " in printed
+    table, exported = printed.split("distilled - plain")
+    assert "student.pt2" not in table
+    assert "run/student.pt2: takes" in exported
+    assert "run/student.onnx: takes" in exported
     state = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
     student = new_detector(parse(command), "student", 3)
     student.load_state_dict(state)
@@ -84,11 +84,16 @@ def test_levels_of_models_of_any_two_kinds_are_distilled(command: Any, strides: 
 
 
 def test_small_objects_have_the_fcos_that_is_made_for_them() -> None:
-    sizes = [
-        new_detector(parse(["--data", *data]), "student", 4).anchor_generator.sizes[0]
-        for data in (["scenes"], ["sparse"], ["deeppcb", "--deeppcb", "D"])
+    deeppcb = ["deeppcb", "--deeppcb", "D"]
+    all_options = [
+        parse(["--data", *data])
+        for data in (["scenes"], ["sparse"], deeppcb, [*deeppcb, "--tile", "full"])
     ]
-    assert sizes == [(2,), (1,), (1,)]
+    models = [new_detector(options, "student", 4) for options in all_options]
+    assert [model.anchor_generator.sizes[0] for model in models] == [(2,), (1,), (1,), (2,)]
+    assert [options.size for options in all_options] == [96, 160, 160, 640]
+    scales = [new_settings(options, torch.device("cpu")).area_scale for options in all_options]
+    assert scales == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("start", ["imagenet", "coco"])
@@ -127,45 +132,28 @@ def test_coco_s_weights_are_kept_but_for_the_classes(monkeypatch: pytest.MonkeyP
     assert model(*BATCH)["classification"] > 0
 
 
-def test_a_mirrored_image_has_its_boxes_mirrored_and_is_the_same_when_resumed() -> None:
-    images, targets = flipped(BATCH, 1.0, 0, 5, 2)
-    assert torch.equal(images[0], BATCH[0][0].flip(-1))
-    assert targets[0]["boxes"].tolist() == [[100.0, 8.0, 152.0, 60.0]]
-    assert BATCH[1][0]["boxes"].tolist() == [[8.0, 8.0, 60.0, 60.0]]
-    pictures = ([torch.rand(3, 4, 4) for _ in range(64)], [BATCH[1][0]] * 64)
-    first, again, later = (flipped(pictures, 0.5, 3, step, 64)[0] for step in (7, 7, 8))
-    assert all(map(torch.equal, first, again))
-    assert not all(map(torch.equal, first, later))
-    assert 16 < sum(map(torch.equal, first, pictures[0])) < 48
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--epochs", "2"], {"teacher": 1000, "plain": 7, "distilled": 7}),
+        (["--epochs", "0.1"], {"teacher": 1000, "plain": 1, "distilled": 1}),
+        (["--teacher-epochs", "3"], {"teacher": 10, "plain": 600, "distilled": 600}),
+        (["--quick", "--epochs", "1"], {"teacher": 12, "plain": 4, "distilled": 4}),
+        (["--teacher", __file__, "--epochs", "1"], {"plain": 4, "distilled": 4}),
+    ],
+)
+def test_epochs_are_steps_of_all_pictures(options: list[str], steps: dict[str, int]) -> None:
+    assert steps_of(parse([*options, "--batch-size", "8"]), 26) == steps
 
 
-def test_an_exported_student_finds_the_same_boxes(tmp_path: Path) -> None:
-    student = new_detector(parse([]), "student", 5)
-    held_out, file = Scenes(1, 3), tmp_path / "student.pt2"
-    said = export(student, held_out, file)
-    assert said == f"{file}: takes a list of one float image 3 x 96 x 96; same boxes on 3 images"
-    image = [held_out[2][0] / 255]
-    found = torch.export.load(file).module()(image)[0]
-    assert not difference(student.eval()(image)[0], found, 0.1)
-
-
-def test_a_student_that_does_not_export_says_why(tmp_path: Path) -> None:
-    options = parse(["--detector", "faster_rcnn"])
-    said = export(new_detector(options, "student", 5), Scenes(1, 1), tmp_path / "student.pt2")
-    assert said.startswith("no student.pt2: torch.export does not take this detector (")
-    assert "\n" not in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_results_differ_by_boxes_and_not_by_their_order() -> None:
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 8.0, 8.0]])
-    ours = {"boxes": boxes, "scores": torch.tensor([0.5, 0.5]), "labels": torch.tensor([1, 2])}
-    turned = {key: value.flip(0) for key, value in ours.items()}
-    assert not difference(ours, turned, 0.1)
-    assert (
-        difference(ours, turned | {"labels": ours["labels"]}, 0.1) == "2 of 2 have none like them"
+def test_the_budget_says_steps_and_epochs() -> None:
+    steps = steps_of(
+        parse(["--epochs", "12", "--teacher-epochs", "24", "--batch-size", "16"]), 10_000
     )
-    assert difference(ours, {key: value[:1] for key, value in ours.items()}, 0.1) == "1 for 2"
+    assert budget(steps, 16, 10_000) == (
+        "steps of 16 of 10,000 pictures: teacher 15,000 (24.0 epochs), plain 7,500 (12.0 epochs), "
+        "distilled 7,500 (12.0 epochs)"
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ from benchmarks.study.lines import (
 from benchmarks.study.runs import Line, Run
 from benchmarks.study.tables import report
 from examples.detection.checkpoints import write_atomically
-from examples.detection.coco import CocoError, read_annotations
+from examples.detection.coco import read_annotations
+from examples.detection.findings import DataError
 from examples.detection.processes import join_processes, world
 from examples.detection.training import Settings
 
@@ -63,7 +64,7 @@ def run_all(options: argparse.Namespace) -> None:
             for split in (TRAIN, HELD_OUT):
                 file = options.coco / "annotations" / f"instances_{split}.json"
                 read_annotations(options.coco / split, file)
-        except CocoError as error:
+        except DataError as error:
             raise SystemExit(f"--coco {options.coco}: {error}") from error
     # One reader: the others may look a moment later.
     lines = agreed(lines)

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from benchmarks.study.coco.data import CocoSplit
 from benchmarks.study.lines import COLUMNS
+from examples.detection.batches import collate
 from examples.detection.processes import world
-from examples.detection.training import Settings, collate
+from examples.detection.training import Settings
 
 Detection = dict[str, Any]
 

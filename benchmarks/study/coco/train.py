@@ -17,17 +17,11 @@ from benchmarks.study.coco.runs import BACKBONE_WEIGHTS, Shape, file_name
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.runs import Run
 from benchmarks.training_step import CHANNELS, LAYERS
+from examples.detection.batches import batch_indices, collate, to_device
 from examples.detection.checkpoints import Curve, load, save
 from examples.detection.detectors import fpn_outputs, levels_of
 from examples.detection.processes import world
-from examples.detection.training import (
-    Alone,
-    Settings,
-    backward,
-    batch_indices,
-    collate,
-    to_device,
-)
+from examples.detection.training import Alone, Settings, backward
 
 EPOCHS, DECAYS, WARM_UP = 24, (16, 22), 500
 # RetinaNet's, of the three levels.

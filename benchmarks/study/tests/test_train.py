@@ -18,9 +18,9 @@ from benchmarks.study.settings import CANDIDATES, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
 from examples.detection import training
+from examples.detection.batches import collate
 from examples.detection.deeppcb import DeepPCB
 from examples.detection.detectors import BACKBONES
-from examples.detection.training import collate
 from tests.helpers.deeppcb_folder import write_deeppcb
 
 

@@ -15,7 +15,7 @@ from benchmarks.study.runs import Run, Teacher
 from benchmarks.study.settings import CANDIDATES
 from benchmarks.study.tests.coco.folder import CPU
 from benchmarks.training_step import LAYERS
-from examples.detection.training import collate
+from examples.detection.batches import collate
 
 
 def small_run(method: str, detector: str = "retinanet_resnet50_fpn") -> Run:
