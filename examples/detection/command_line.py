@@ -11,6 +11,7 @@ import torch
 import featkd
 from examples.detection.detectors import COMPACT, STOCK
 from examples.detection.devices import wrong_device
+from examples.detection.lite0 import LITE0, packages
 from examples.detection.models import (
     BUILDERS,
     FIXED_SIZES,
@@ -22,6 +23,7 @@ from examples.detection.models import (
     name_of,
 )
 from examples.detection.models import COMPACT as COMPACT_NAMES
+from examples.detection.processes import JobError
 
 PRESETS = {
     "standardized": featkd.STANDARDIZED,
@@ -39,7 +41,12 @@ QUICK = {
     "held_out_images": 24,
     "evaluations": 2,
 }
-DRAWN = ("scenes", "sparse")
+# Data made as they are asked for.
+MADE = ("scenes", "sparse", "pasted")
+# Folders of data that have an option of their own.
+FOLDERS = ("deeppcb", "pasted")
+# Pictures' sides where those are of one size; else a compact model takes a scene's.
+SIDES = {"sparse": 160, "deeppcb": 160, "pasted": 320}
 # Options that would do nothing without another: what they want, in words and as a test.
 WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     **dict.fromkeys(
@@ -48,10 +55,11 @@ WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     ),
     **dict.fromkeys(
         ("train_images", "held_out_images"),
-        ("--data scenes or sparse", lambda options: options.data in DRAWN),
+        (f"--data {', '.join(MADE)}", lambda options: options.data in MADE),
     ),
     "deeppcb": ("--data deeppcb", lambda options: options.data == "deeppcb"),
-    "flip": ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+    "pasted": ("--data pasted", lambda options: options.data == "pasted"),
+    "flip": ("--data coco or deeppcb", lambda options: options.data not in MADE),
     "detector": (
         "a model that is no whole detector of torchvision",
         lambda options: {options.student, options.teacher_model} - {*BUILDERS},
@@ -134,17 +142,23 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="standardized", help="the distillation loss's weights")
     add("--taps", choices=("fpn", "stages"), default="fpn", help="the FPN's outputs or its inputs")
     add = parser.add_argument_group("data").add_argument
-    kinds = "drawn, drawn with small objects, a COCO folder of yours, or DeepPCB's"
-    add("--data", choices=(*DRAWN, "coco", "deeppcb"), default="scenes", help=kinds)
+    kinds = (
+        "drawn, drawn with small objects, photographs pasted on photographs, a COCO folder of "
+        "yours, or DeepPCB's"
+    )
+    add("--data", choices=(*MADE, "coco", "deeppcb"), default="scenes", help=kinds)
     add("--images", type=Path, help="coco: folder of the training images")
     add("--annotations", type=Path, help="coco: annotation file of the training images")
     add("--val-images", type=Path, help="coco: folder of the held-out images")
     add("--val-annotations", type=Path, help="coco: their annotations; None: every tenth image")
     add("--deeppcb", type=Path, help="deeppcb: its folder, a clone or its PCBData")
-    add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
-    add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
-    add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
-    size = "shorter side in the model; None: 96, tiles 160, torchvision's models 800"
+    add("--pasted", type=Path, help="pasted: its folder, which fetch_pasted makes")
+    made = f"{', '.join(MADE)}: how many to"
+    add("--train-images", type=whole(1), default=4000, help=f"{made} train on")
+    add("--held-out-images", type=whole(1), default=300, help=f"{made} evaluate on")
+    flip = "of the images mirrored in training; None: 0.5, those made as they are asked for 0"
+    add("--flip", type=share, help=flip)
+    size = "shorter side in the model; None: the data's, 96 of coco, torchvision's models 800"
     add("--size", type=whole(1), help=size)
     add = parser.add_argument_group("training").add_argument
     add("--teacher-steps", type=whole(1), default=1000, help="of the teacher's training")
@@ -194,21 +208,25 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     if options.learning_rate is None:
         options.learning_rate = 3e-3 if compact else 2e-4
     if options.flip is None:
-        options.flip = 0.0 if options.data in DRAWN else 0.5
+        options.flip = 0.0 if options.data in MADE else 0.5
     fixed = {FIXED_SIZES[name] for name in models.values() if name in FIXED_SIZES}
     if len(fixed) > 1:
         parser.error(f"{' and '.join(models.values())} take images of one size each, and not one")
     if fixed and options.size not in (None, *fixed):
         parser.error(f"--size must be {min(fixed)}, which one of the models has fixed")
     if options.size is None:
-        small = 160 if options.data in ("sparse", "deeppcb") else 96
-        options.size = min(fixed, default=small if compact else 800)
+        options.size = min(fixed, default=SIDES.get(options.data, 96) if compact else 800)
     for role, name in models.items():
         weights = getattr(options, f"{role}_weights")
         if why := cannot_start(name, weights):
             parser.error(f"--{role}-weights {weights} {why}; the {role} is {name}")
-    if options.data == "deeppcb" and not options.deeppcb:
-        parser.error("--data deeppcb wants --deeppcb DIR")
+    if LITE0 in models.values():
+        try:
+            packages()
+        except JobError as error:
+            parser.error(str(error))
+    if options.data in FOLDERS and not getattr(options, options.data):
+        parser.error(f"--data {options.data} wants --{options.data} DIR")
     if options.data == "coco" and not (options.images and options.annotations):
         parser.error("--data coco wants --images DIR and --annotations FILE")
     if bool(options.val_images) != bool(options.val_annotations):

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -154,7 +153,9 @@ def background(file: Path) -> Image.Image:
 
 def of_part(files: Sequence[Path], part: str) -> list[Path]:
     """A quarter of the names is the test's; `lion.png` and `lion-2.png` are on one side."""
-    names = sorted({name_of(file) for file in files}, key=lambda name: sha256(name.encode()).digest())
+    names = sorted(
+        {name_of(file) for file in files}, key=lambda name: sha256(name.encode()).digest()
+    )
     test = names[: math.ceil(len(names) / 4)]
     return [file for file in files if (name_of(file) in test) == (part == "test")]
 
