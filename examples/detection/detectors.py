@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, RegNet, detection
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -218,6 +218,19 @@ def build(
         **masks,
         **sizes,
     )
+
+
+def keep_anchors_exact(model: nn.Module) -> nn.Module:
+    """torchvision makes anchors of the features' type; bfloat16 knows no odd number over 256."""
+    for module in model.modules():
+        if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
+            module.register_forward_pre_hook(with_float32_maps)
+    return model
+
+
+def with_float32_maps(_: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    images, maps = inputs
+    return images, [each.float() for each in maps]
 
 
 def shorten_towers(head: RetinaNetHead) -> None:

@@ -17,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from examples.detection.checkpoints import read
-from examples.detection.detectors import BACKBONES, STOCK, build
+from examples.detection.detectors import BACKBONES, STOCK, build, keep_anchors_exact
 from examples.detection.detectors import COMPACT as COMPACT_DETECTORS
 from examples.detection.lite0 import LITE0, start_from_imagenet
 from examples.detection.processes import JobError, by_first_rank
@@ -79,7 +79,7 @@ def new_detector(options: argparse.Namespace, role: str, classes: int) -> nn.Mod
         ) from error
     if isinstance(start, Path):
         load_start(model, start, option)
-    return model
+    return keep_anchors_exact(model)
 
 
 def untrained(
