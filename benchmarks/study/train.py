@@ -38,7 +38,11 @@ ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
 # A worker draws the scenes of a seed once, and the held-out ones: runs go seed by seed.
 scenes = lru_cache(maxsize=3)(Scenes)
 boards = lru_cache(DeepPCB)
-pasted_folder = lru_cache(read_folder)
+
+
+@lru_cache
+def pasted(folder: Path, part: str, seed: int, length: int) -> Pasted:
+    return Pasted(read_folder(folder), part, seed, length)
 
 
 def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
@@ -78,7 +82,7 @@ def training_data(run: Run, pictures: Folders | None = None) -> Dataset[Any]:
     if run.data.name == BOARDS:
         return boards(pictures[BOARDS], "train")
     if run.data.name == PASTED:
-        return Pasted(pasted_folder(pictures[PASTED]), "train", 0, run.data.train_images)
+        return pasted(pictures[PASTED], "train", 0, run.data.train_images)
     with_masks = run.detector == MASK_RCNN
     return scenes(run.seed, run.data.train_images, with_masks, KINDS[run.data.name])
 
@@ -88,7 +92,7 @@ def held_out_data(run: Run, pictures: Folders | None) -> Dataset[Any]:
     if run.data.name == BOARDS:
         return boards(pictures[BOARDS], "test")
     if run.data.name == PASTED:
-        return Pasted(pasted_folder(pictures[PASTED]), "test", seed, images)
+        return pasted(pictures[PASTED], "test", seed, images)
     with_masks = run.detector == MASK_RCNN
     return scenes(seed, images, with_masks, KINDS[run.data.name])
 

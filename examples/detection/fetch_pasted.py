@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = parser.parse_args(arguments).folder
     try:
         fetch(folder)
-    except JobError as error:
+    except (JobError, OSError) as error:
         raise SystemExit(str(error)) from error
     counts = [f"{len(list((folder / part).rglob('*.*')))} {part}" for part in parts()]
     print(f"{folder}: {', '.join(counts)}")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from examples.detection.coco_check import CocoError, Findings
-from examples.detection.pictures import by, check_pictures
+from examples.detection.pictures import by, check_pictures, read_picture
 
 SIZE = 320
 TARGETS, DISTRACTORS = (1, 4), (2, 5)
@@ -144,11 +144,10 @@ def cutout(file: Path) -> Image.Image:
 
 
 def background(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        factor = max(1.0, min(picture.size) / BACKGROUND_SIDE)
-        size = tuple(max(SIZE, round(each / factor)) for each in picture.size)
-        picture.draft("RGB", size)
-        return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    picture = read_picture(file, None)
+    factor = max(1.0, min(picture.size) / BACKGROUND_SIDE)
+    width, height = (round(each / factor) for each in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def of_part(files: Sequence[Path], part: str) -> list[Path]:

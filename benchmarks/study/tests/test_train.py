@@ -115,6 +115,7 @@ def test_a_run_on_real_pictures_takes_the_folder_s_two_lists(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("features-*.pt"))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_pasted_pictures_is_taught_by_imagenet_s_features(tmp_path: Path) -> None:
     folders = {"pasted": write_pasted(tmp_path / "pictures")}
     data = replace(DISTILLED.data, name="pasted", train_images=8)
