@@ -47,7 +47,7 @@ def lite0(imagenet: bool = False) -> nn.Sequential:
 def start_from_imagenet(body: nn.Module) -> None:
     """The weights of :func:`lite0` for the body of a detector, which then stay as they are.
 
-    At the compact detectors' learning rate they would not last.
+    The compact detectors' learning rate is not for trained weights, and a step costs less.
     """
     body.load_state_dict(lite0(imagenet=True).state_dict())
     body.requires_grad_(False)
