@@ -16,7 +16,7 @@ import torch
 from benchmarks.study import attention, document, errors
 from benchmarks.study.lines import LINES, read_lines
 from benchmarks.study.plan import TABLES
-from benchmarks.study.runs import BOARDS
+from benchmarks.study.runs import FOLDERS
 from benchmarks.study.workers import execute
 
 
@@ -31,9 +31,11 @@ def run_table(options: argparse.Namespace) -> None:
         runs = TABLES[options.table](read_lines(file))
     except LookupError as error:
         raise SystemExit(f"{options.table} {error.args[0]}") from error
-    if options.deeppcb is None and any(run.data.name == BOARDS for run in runs):
-        raise SystemExit(f"{options.table} wants --deeppcb DIR, a clone of DeepPCB or its PCBData")
-    failed = execute(runs, file, options.output, workers, options.device, options.deeppcb)
+    folders = {name: getattr(options, name) for name in FOLDERS}
+    for name in {run.data.name for run in runs} & FOLDERS.keys():
+        if folders[name] is None:
+            raise SystemExit(f"{options.table} wants --{name} DIR, {FOLDERS[name]}")
+    failed = execute(runs, file, options.output, workers, options.device, folders)
     if failed:
         raise SystemExit(f"failed runs: {failed}; the same command tries them again")
 
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--workers", type=int, help="default: one a GPU, else one a thread")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--output", type=Path, default=Path("runs/study"), help="weights")
-    run.add_argument("--deeppcb", type=Path, help="the pictures of the tables of real ones")
+    for name, made in FOLDERS.items():
+        run.add_argument(f"--{name}", metavar="DIR", type=Path, help=made)
     run.set_defaults(command=run_table)
     tables = commands.add_parser("tables", help="write the tables and their plots")
     tables.set_defaults(command=lambda options: document.write(options.lines))

@@ -7,7 +7,7 @@ from typing import Any
 import featkd
 from benchmarks.study.cells import best, best_everywhere
 from benchmarks.study.lines import lines_of, pending
-from benchmarks.study.runs import BOARDS, Data, Line, Run, Teacher, distilled, plain_run
+from benchmarks.study.runs import BOARDS, PASTED, Data, Line, Run, Teacher, distilled, plain_run
 from benchmarks.study.settings import (
     ABLATION,
     AT_FPN,
@@ -32,6 +32,7 @@ from benchmarks.study.settings import (
     settings_of,
 )
 from examples.detection.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, Shape
+from examples.detection.lite0 import LITE0
 
 # Weights and settings are chosen on other seeds and other held-out scenes than those reported.
 MAIN, TUNE = Data(2**32), Data(2**31)
@@ -41,6 +42,9 @@ SPARSE_TEACHERS = [Teacher(steps=1180)]
 PICTURES = Data(0, BOARDS, 4000, 2000)
 PICTURE_TEACHERS = [Teacher(steps=2000)]
 PICTURE_STEPS = 1000
+PASTED_SCENES = Data(2**32, PASTED)
+# Its body comes trained: FPN and head are left.
+PASTED_TEACHERS = [Teacher(LITE0, steps=1000)]
 MAIN_SEEDS, SECONDARY_SEEDS, TUNE_SEEDS, OPEN_SEEDS = (
     range(20, 25),
     range(20, 23),
@@ -136,6 +140,19 @@ def picture_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
+def pasted_runs(lines: Iterable[Line]) -> list[Run]:
+    """FCOS taught by ImageNet's features, each method at the setting that it has everywhere."""
+    chosen = best_everywhere(finished("taps", tap_runs(lines), lines))
+    settings = {"featkd": [STANDARDIZED | FPN]} | {
+        method: [chosen[method]] for method in ("pkd", "fitnets")
+    }
+    runs = []
+    for seed in MAIN_SEEDS:
+        plain = plain_run("fcos", seed, PASTED_SCENES, PICTURE_STEPS)
+        runs += [plain, *distilled(plain, settings, PASTED_TEACHERS)]
+    return runs
+
+
 def plateau_runs(lines: Iterable[Line]) -> list[Run]:
     """The steps that distillation saves: students that are trained longer, on real pictures."""
     runs = []
@@ -214,6 +231,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "students": secondary_runs([TWO_STAGE_AT_FPN], students=[STUDENT, *BACKBONES]),
     "sparse": sparse_runs,
     "pictures": picture_runs,
+    "pasted": pasted_runs,
     "plateau": plateau_runs,
     "steadiness": steadiness_runs,
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),

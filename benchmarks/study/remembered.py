@@ -48,7 +48,7 @@ def remembered(
 ) -> dict[str, Tensor]:
     """The features at `paths` by level, in bfloat16, from a file of `folder` that is made once.
 
-    `name` and `seed` say of which teacher, and of which `data`.
+    `name` says of which teacher, and `seed` of which `data`, if they depend on one.
     """
     mark = sha256(repr((name, seed, len(data), sorted(paths.items()))).encode()).hexdigest()
     file = folder / f"features-{mark[:12]}.pt"

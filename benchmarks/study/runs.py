@@ -9,14 +9,19 @@ from typing import Any
 from examples.detection.detectors import STUDENT, TEACHER, Shape
 
 Line = dict[str, Any]
-BOARDS = "deeppcb"
+# Data of pictures, which are the same for all seeds, and what their option wants.
+BOARDS, PASTED = "deeppcb", "pasted"
+FOLDERS = {
+    BOARDS: "a clone of DeepPCB or its PCBData",
+    PASTED: "which python -m examples.detection.fetch_pasted makes",
+}
 
 
 @dataclass(frozen=True)
 class Data:
     """Training scenes are those of the run's seed; the held-out ones the same for all seeds.
 
-    `name`: `"scenes"`, densely filled, `"sparse"`, or `"deeppcb"`, whose two lists no seed changes.
+    `name`: `"scenes"`, densely filled, `"sparse"`, or one of `FOLDERS`.
     """
 
     held_out_seed: int
@@ -27,9 +32,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Trained once for all students, on scenes that no student sees."""
+    """Trained once for all students, on drawn scenes that no student sees, or their pictures."""
 
-    shape: Shape = TEACHER
+    shape: Shape | str = TEACHER
     seed: int = 10
     steps: int = 1000
 

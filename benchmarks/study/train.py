@@ -1,5 +1,6 @@
 """One run: a compact detector of the scenes trained, alone or distilled, and evaluated."""
 
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -13,15 +14,24 @@ from torch.utils.data import Dataset
 from benchmarks.study.distiller import new_distiller
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
 from benchmarks.study.remembered import remembered
-from benchmarks.study.runs import BOARDS, Line, Run, teacher_of
+from benchmarks.study.runs import BOARDS, FOLDERS, PASTED, Line, Run, teacher_of
 from examples.detection.checkpoints import write_atomically
 from examples.detection.data import AREA_SCALES, KINDS
 from examples.detection.deeppcb import DeepPCB
-from examples.detection.detectors import MASK_RCNN, Shape, build, tapped
+from examples.detection.detectors import MASK_RCNN, Shape, build, keep_anchors_exact, tapped
+from examples.detection.fetch_pasted import CLASSES
+from examples.detection.lite0 import LITE0, start_from_imagenet
+from examples.detection.pasted import SIZE, Pasted, read_folder
 from examples.detection.scenes import Scenes
 from examples.detection.training import MASK_METRICS, METRICS, Alone, Settings, evaluate, train
 
-SIZES = {name: kind.size for name, kind in KINDS.items()} | {BOARDS: 160}
+SIZES = {name: kind.size for name, kind in KINDS.items()} | {BOARDS: 160, PASTED: SIZE}
+COUNTS = dict.fromkeys(KINDS, len(Scenes.classes)) | {
+    BOARDS: len(DeepPCB.classes),
+    PASTED: 1 + len(CLASSES),
+}
+# By the option that names it.
+Folders = Mapping[str, Path | None]
 # By level RetinaNet's and Faster R-CNN's own anchors; FCOS, which has none, gets the same.
 ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
 
@@ -30,15 +40,23 @@ scenes = lru_cache(maxsize=3)(Scenes)
 boards = lru_cache(DeepPCB)
 
 
+@lru_cache
+def pasted(folder: Path, part: str, seed: int, length: int) -> Pasted:
+    return Pasted(read_folder(folder), part, seed, length)
+
+
 def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
     torch.manual_seed(run.seed)
     name = run.data.name
-    classes = len(DeepPCB.classes if name == BOARDS else Scenes.classes)
-    return build(run.detector, role, classes, SIZES[name], shape, small_objects=name != "scenes")
+    small = name in ("sparse", BOARDS)
+    detector = build(run.detector, role, COUNTS[name], SIZES[name], shape, small_objects=small)
+    if shape == LITE0:
+        start_from_imagenet(detector.backbone.body)
+    return keep_anchors_exact(detector)
 
 
 def new_model(
-    run: Run, folder: Path, device: torch.device, deeppcb: Path | None = None
+    run: Run, folder: Path, device: torch.device, pictures: Folders | None = None
 ) -> nn.Module:
     """A distiller, or the detector alone."""
     if run.method == "teacher":
@@ -54,24 +72,28 @@ def new_model(
     anchor_sizes = dict(zip(layers, ANCHOR_SIZES, strict=True))
     remember = None
     if run.data.name != "scenes":
-        data, seed = training_data(run, deeppcb), None if run.data.name == BOARDS else run.seed
+        data, seed = training_data(run, pictures), None if run.data.name in FOLDERS else run.seed
         name = teacher_of(run).name
         remember = partial(remembered, data=data, seed=seed, folder=folder, name=name)
     return new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
 
 
-def training_data(run: Run, deeppcb: Path | None = None) -> Dataset[Any]:
+def training_data(run: Run, pictures: Folders | None = None) -> Dataset[Any]:
     if run.data.name == BOARDS:
-        return boards(deeppcb, "train")
+        return boards(pictures[BOARDS], "train")
+    if run.data.name == PASTED:
+        return pasted(pictures[PASTED], "train", 0, run.data.train_images)
     with_masks = run.detector == MASK_RCNN
     return scenes(run.seed, run.data.train_images, with_masks, KINDS[run.data.name])
 
 
-def held_out_data(run: Run, deeppcb: Path | None) -> Dataset[Any]:
-    if run.data.name == BOARDS:
-        return boards(deeppcb, "test")
-    with_masks = run.detector == MASK_RCNN
+def held_out_data(run: Run, pictures: Folders | None) -> Dataset[Any]:
     seed, images = run.data.held_out_seed, run.data.held_out_images
+    if run.data.name == BOARDS:
+        return boards(pictures[BOARDS], "test")
+    if run.data.name == PASTED:
+        return pasted(pictures[PASTED], "test", seed, images)
+    with_masks = run.detector == MASK_RCNN
     return scenes(seed, images, with_masks, KINDS[run.data.name])
 
 
@@ -90,16 +112,16 @@ def trained(run: Run, folder: Path) -> nn.Module:
     return detector
 
 
-def perform(run: Run, folder: Path, device_type: str, deeppcb: Path | None = None) -> Line:
+def perform(run: Run, folder: Path, device_type: str, pictures: Folders | None = None) -> Line:
     """Trains and evaluates; goes on from the run's checkpoint. Its weights stay in `folder`.
 
     Its bar and its warnings go to a log there.
     """
     with (folder / f"{run.name}.log").open("a") as log, redirect_stderr(log):
-        return line_of(run, folder, torch.device(device_type), deeppcb)
+        return line_of(run, folder, torch.device(device_type), pictures)
 
 
-def line_of(run: Run, folder: Path, device: torch.device, deeppcb: Path | None) -> Line:
+def line_of(run: Run, folder: Path, device: torch.device, pictures: Folders | None) -> Line:
     settings = Settings(
         batch_size=8,
         learning_rate=3e-3,
@@ -111,8 +133,8 @@ def line_of(run: Run, folder: Path, device: torch.device, deeppcb: Path | None) 
         evaluations=0,
         area_scale=AREA_SCALES[run.data.name],
     )
-    model = new_model(run, folder, device, deeppcb)
-    data, held_out = training_data(run, deeppcb), held_out_data(run, deeppcb)
+    model = new_model(run, folder, device, pictures)
+    data, held_out = training_data(run, pictures), held_out_data(run, pictures)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
     curve = train(run.name, model, data, held_out, run.steps, settings, checkpoint)
     metrics = evaluate(model.student, held_out, settings)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.study.lines import append_line, pending, read_lines, teacher_ap
 from benchmarks.study.runs import Line, Run, identity, teacher_of
-from benchmarks.study.train import perform
+from benchmarks.study.train import Folders, perform
 
 
 def execute(
@@ -23,7 +23,7 @@ def execute(
     folder: Path,
     workers: int,
     device_type: str,
-    deeppcb: Path | None = None,
+    pictures: Folders | None = None,
 ) -> int:
     """Performs the runs that have no line, teachers first; the number of those that failed."""
     lines = read_lines(file)
@@ -39,7 +39,7 @@ def execute(
         with tqdm(total=len(teachers) + len(students), unit="run") as bar:
             for phase in (teachers, students):
                 futures = {
-                    pool.submit(perform, run, folder, device_type, deeppcb): run for run in phase
+                    pool.submit(perform, run, folder, device_type, pictures): run for run in phase
                 }
                 for future in as_completed(futures):
                     run, error = futures[future], future.exception()

@@ -13,6 +13,7 @@ import featkd
 from examples.detection.deeppcb import TILES
 from examples.detection.detectors import COMPACT, STOCK
 from examples.detection.devices import wrong_device
+from examples.detection.lite0 import LITE0, packages
 from examples.detection.models import (
     BUILDERS,
     FIXED_SIZES,
@@ -24,6 +25,7 @@ from examples.detection.models import (
     name_of,
 )
 from examples.detection.models import COMPACT as COMPACT_NAMES
+from examples.detection.processes import JobError
 from examples.detection.run_folder import EXPORTED
 
 PRESETS = {
@@ -42,7 +44,12 @@ QUICK = {
     "held_out_images": 24,
     "evaluations": 2,
 }
-DRAWN = ("scenes", "sparse")
+# Data made as they are asked for.
+MADE = ("scenes", "sparse", "pasted")
+# Folders of data that have an option of their own.
+FOLDERS = ("deeppcb", "pasted")
+# Pictures' sides where those are of one size; else a compact model takes a scene's.
+SIDES = {"sparse": 160, "deeppcb": 160, "pasted": 320}
 ONNX = ("onnx", "onnxruntime")
 # Options that would do nothing without another: what they want, in words and as a test.
 WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
@@ -52,14 +59,15 @@ WANTS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     ),
     **dict.fromkeys(
         ("train_images", "held_out_images"),
-        ("--data scenes or sparse", lambda options: options.data in DRAWN),
+        (f"--data {', '.join(MADE)}", lambda options: options.data in MADE),
     ),
     **dict.fromkeys(
         ("deeppcb", "tile"), ("--data deeppcb", lambda options: options.data == "deeppcb")
     ),
+    "pasted": ("--data pasted", lambda options: options.data == "pasted"),
     **dict.fromkeys(
         ("flip", "scale_jitter"),
-        ("--data coco or deeppcb", lambda options: options.data not in DRAWN),
+        ("--data coco or deeppcb", lambda options: options.data not in MADE),
     ),
     "detector": (
         "a model that is no whole detector of torchvision",
@@ -143,8 +151,11 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="standardized", help="the distillation loss's weights")
     add("--taps", choices=("fpn", "stages"), default="fpn", help="the FPN's outputs or its inputs")
     add = parser.add_argument_group("data").add_argument
-    kinds = "drawn, drawn with small objects, a COCO folder of yours, or DeepPCB's"
-    add("--data", choices=(*DRAWN, "coco", "deeppcb"), default="scenes", help=kinds)
+    kinds = (
+        "drawn, drawn with small objects, photographs pasted on photographs, a COCO folder of "
+        "yours, or DeepPCB's"
+    )
+    add("--data", choices=(*MADE, "coco", "deeppcb"), default="scenes", help=kinds)
     add("--images", type=Path, help="coco: folder of the training images")
     add("--annotations", type=Path, help="coco: annotation file of the training images")
     add("--val-images", type=Path, help="coco: folder of the held-out images")
@@ -152,12 +163,15 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add("--deeppcb", type=Path, help="deeppcb: its folder, a clone or its PCBData")
     tile = "deeppcb: quarters of its pictures at half size, or pictures in full"
     add("--tile", choices=TILES, default="quarter", help=tile)
-    add("--train-images", type=whole(1), default=4000, help="drawn: how many to train on")
-    add("--held-out-images", type=whole(1), default=300, help="drawn: how many to evaluate on")
-    add("--flip", type=share, help="of the images mirrored in training; None: 0.5, drawn ones 0")
+    add("--pasted", type=Path, help="pasted: its folder, which fetch_pasted makes")
+    made = f"{', '.join(MADE)}: how many to"
+    add("--train-images", type=whole(1), default=4000, help=f"{made} train on")
+    add("--held-out-images", type=whole(1), default=300, help=f"{made} evaluate on")
+    flip = "of the images mirrored in training; None: 0.5, those made as they are asked for 0"
+    add("--flip", type=share, help=flip)
     jitter = "each training image by a factor of this range, as torchvision does: 0.1 2"
     add("--scale-jitter", type=rate, nargs=2, metavar=("LOW", "HIGH"), help=jitter)
-    size = "shorter side in the model; None: 96, tiles 160 or 640, torchvision's models 800"
+    size = "shorter side in the model; None: the data's, 96 of coco, torchvision's models 800"
     add("--size", type=whole(1), help=size)
     group = parser.add_argument_group("training")
     add = group.add_argument
@@ -213,7 +227,7 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     if options.learning_rate is None:
         options.learning_rate = 3e-3 if compact else 2e-4
     if options.flip is None:
-        options.flip = 0.0 if options.data in DRAWN else 0.5
+        options.flip = 0.0 if options.data in MADE else 0.5
     if options.scale_jitter and options.scale_jitter[0] > options.scale_jitter[1]:
         parser.error(
             "--scale-jitter wants LOW first: {:g} is over {:g}".format(*options.scale_jitter)
@@ -224,15 +238,19 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     if fixed and options.size not in (None, *fixed):
         parser.error(f"--size must be {min(fixed)}, which one of the models has fixed")
     if options.size is None:
-        small = 160 if options.data in ("sparse", "deeppcb") else 96
-        small = 640 if options.tile == "full" else small
+        small = 640 if options.tile == "full" else SIDES.get(options.data, 96)
         options.size = min(fixed, default=small if compact else 800)
     for role, name in models.items():
         weights = getattr(options, f"{role}_weights")
         if why := cannot_start(name, weights):
             parser.error(f"--{role}-weights {weights} {why}; the {role} is {name}")
-    if options.data == "deeppcb" and not options.deeppcb:
-        parser.error("--data deeppcb wants --deeppcb DIR")
+    if LITE0 in models.values():
+        try:
+            packages()
+        except JobError as error:
+            parser.error(str(error))
+    if options.data in FOLDERS and not getattr(options, options.data):
+        parser.error(f"--data {options.data} wants --{options.data} DIR")
     if options.data == "coco" and not (options.images and options.annotations):
         parser.error("--data coco wants --images DIR and --annotations FILE")
     if bool(options.val_images) != bool(options.val_annotations):

@@ -10,11 +10,13 @@ from examples.detection.coco import CocoFolder
 from examples.detection.command_line import HELD_OUT_SEED
 from examples.detection.deeppcb import DeepPCB
 from examples.detection.findings import DataError
+from examples.detection.pasted import Pasted, read_folder
 from examples.detection.scenes import DENSE, SPARSE, Scenes
 
 KINDS = {"scenes": DENSE, "sparse": SPARSE}
-# COCO's small objects are under 32 pixels wide: a third of a scene of 96; tiles are at half size.
-AREA_SCALES = {"scenes": 2.0, "sparse": 2.0, "deeppcb": 2.0, "coco": 1.0}
+# COCO's small objects are under 32 pixels wide: a third of a scene of 96; tiles are at half size,
+# and what is pasted has sides of 14 to 60.
+AREA_SCALES = {"scenes": 2.0, "sparse": 2.0, "deeppcb": 2.0, "pasted": 2.0, "coco": 1.0}
 Data = tuple[Dataset[Any], Dataset[Any], tuple[str, ...]]
 
 
@@ -25,6 +27,11 @@ def load_data(options: argparse.Namespace) -> Data:
         data = Scenes(options.seed, options.train_images, kind=kind)
         # The held-out scenes are the same for all seeds.
         return data, Scenes(HELD_OUT_SEED, options.held_out_images, kind=kind), data.classes
+    if options.data == "pasted":
+        pictures = read_folder(options.pasted)
+        pasted = Pasted(pictures, "train", options.seed, options.train_images)
+        held = Pasted(pictures, "test", HELD_OUT_SEED, options.held_out_images)
+        return pasted, held, pasted.classes
     if options.data == "deeppcb":
         parts = (DeepPCB(options.deeppcb, part, options.tile) for part in ("train", "test"))
         return *parts, DeepPCB.classes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, RegNet, detection
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
 import featkd
+from examples.detection.lite0 import CHANNELS, LITE0, NORMALIZATION, lite0
 from examples.detection.processes import JobError
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
@@ -76,7 +77,9 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
 
 def compact_backbone(shape: str | Shape) -> BackboneWithFPN:
     """Three FPN levels at strides 4, 8 and 16."""
-    if isinstance(shape, str):
+    if shape == LITE0:
+        body, channels, fpn = lite0(), CHANNELS, TEACHER[2]
+    elif isinstance(shape, str):
         make, channels = BACKBONES[shape]
         body, fpn = make(), STUDENT[2]
     else:
@@ -157,8 +160,8 @@ def build(
     """The detector `name` for `role`, `"teacher"` or `"student"`, at random weights.
 
     `classes` counts the background; `size` is the shorter side of the images inside the model;
-    `shape`, a tuple or a name of `BACKBONES`, stands in place of `TEACHER` or `STUDENT` for a
-    compact detector. `small_objects`: a compact FCOS for objects of 12 to 28 pixels.
+    `shape`, a tuple, a name of `BACKBONES` or `LITE0`, stands in place of `TEACHER` or `STUDENT`
+    for a compact detector. `small_objects`: a compact FCOS for objects of 12 to 28 pixels.
     """
     if name in STOCK:
         builder: Callable[..., nn.Module] = getattr(detection, name)
@@ -173,6 +176,8 @@ def build(
     backbone = compact_backbone(shape or (TEACHER if role == "teacher" else STUDENT))
     fpn = backbone.out_channels
     sizes: dict[str, Any] = {"min_size": size, "max_size": size * 5 // 3}
+    if shape == LITE0:
+        sizes |= NORMALIZATION
     if name == "fcos":
         # FCOS gives a level the objects of 4 to 8 times its anchor.
         base = 1 if small_objects else 2
@@ -213,6 +218,19 @@ def build(
         **masks,
         **sizes,
     )
+
+
+def keep_anchors_exact(model: nn.Module) -> nn.Module:
+    """torchvision makes anchors of the features' type; bfloat16 knows no odd number over 256."""
+    for module in model.modules():
+        if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
+            module.register_forward_pre_hook(with_float32_maps)
+    return model
+
+
+def with_float32_maps(_: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    images, maps = inputs
+    return images, [each.float() for each in maps]
 
 
 def shorten_towers(head: RetinaNetHead) -> None:

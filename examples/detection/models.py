@@ -17,8 +17,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from examples.detection.checkpoints import read
-from examples.detection.detectors import BACKBONES, STOCK, build
+from examples.detection.detectors import BACKBONES, STOCK, build, keep_anchors_exact
 from examples.detection.detectors import COMPACT as COMPACT_DETECTORS
+from examples.detection.lite0 import LITE0, start_from_imagenet
 from examples.detection.processes import JobError, by_first_rank
 
 # Whole detectors of torchvision; those of masks and key points want other data.
@@ -28,7 +29,7 @@ BUILDERS = tuple(
 CLASSIFIERS = list_models(torchvision.models)
 RESNETS = tuple(name for name in CLASSIFIERS if "resnet" in name or "resnext" in name)
 MOBILENETS = tuple(name for name in CLASSIFIERS if name.startswith("mobilenet"))
-COMPACT = {"compact": None, **{f"compact_{name}": name for name in BACKBONES}}
+COMPACT = {"compact": None, **{f"compact_{name}": name for name in BACKBONES}, LITE0: LITE0}
 NAMES = (*COMPACT, *BUILDERS, *RESNETS, *MOBILENETS)
 # They take no other size.
 FIXED_SIZES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
@@ -53,8 +54,8 @@ def cannot_start(name: str, start: Start) -> str | None:
     """Why there are no such weights of the model, or None."""
     if isinstance(start, Path):
         return None if start.is_file() else f"must be one of {', '.join(STARTS)}, or a file"
-    if start == "imagenet" and name in COMPACT:
-        return "wants a model of torchvision: the compact ones have no such weights"
+    if start == "imagenet" and name in COMPACT and name != LITE0:
+        return f"wants a model of torchvision or {LITE0}: the compact ones have no such weights"
     if start == "coco" and name not in BUILDERS:
         return f"wants a whole detector of torchvision, as {STOCK[1]}_v2"
     return None
@@ -78,7 +79,7 @@ def new_detector(options: argparse.Namespace, role: str, classes: int) -> nn.Mod
         ) from error
     if isinstance(start, Path):
         load_start(model, start, option)
-    return model
+    return keep_anchors_exact(model)
 
 
 def untrained(
@@ -87,7 +88,10 @@ def untrained(
     size, family = options.size, FAMILY[options.detector]
     if name in COMPACT:
         small = options.data in ("sparse", "deeppcb") and options.tile != "full"
-        return build(family, role, classes, size, COMPACT[name], small_objects=small)
+        model = build(family, role, classes, size, COMPACT[name], small_objects=small)
+        if start == "imagenet":
+            start_from_imagenet(model.backbone.body)
+        return model
     sizes = {} if name in FIXED_SIZES else {"min_size": size, "max_size": size * 1333 // 800}
     if name in BUILDERS:
         return whole_detector(name, classes, start, sizes)

@@ -48,6 +48,9 @@ def read_picture(file: Path, size: Size | None) -> Image.Image:
 
 def as_rgb(picture: Image.Image) -> Image.Image:
     """With the EXIF tags of `picture`."""
+    # Of a palette with transparency Pillow warns otherwise.
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
     if not is_deep(picture):
         return picture.convert("RGB")
     scaled = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))

@@ -29,8 +29,14 @@ BAD_OPTIONS = {
     "held-out without coco": (["--val-images", "I"], "--val-images does nothing here"),
     "their annotations": (["--val-annotations", "A"], "--val-annotations does nothing here"),
     "scenes in coco": ([*COCO, "--train-images", "4"], "--train-images does nothing here"),
-    "held-out scenes": ([*COCO, "--held-out-images", "4"], "it wants --data scenes or sparse"),
-    "its default too": ([*COCO, "--held-out-images", "300"], "it wants --data scenes or sparse"),
+    "held-out scenes": (
+        [*COCO, "--held-out-images", "4"],
+        "it wants --data scenes, sparse, pasted",
+    ),
+    "its default too": (
+        [*COCO, "--held-out-images", "300"],
+        "it wants --data scenes, sparse, pasted",
+    ),
     "no teacher to train": (
         ["--teacher", __file__, "--teacher-steps", "9"],
         "--teacher-steps does nothing here: it wants no --teacher",
@@ -45,9 +51,15 @@ BAD_OPTIONS = {
     ),
     "tiles of scenes": (["--tile", "quarter"], "--tile does nothing here: it wants --data deeppcb"),
     "deeppcb alone": (["--data", "deeppcb"], "--data deeppcb wants --deeppcb DIR"),
+    "pasted's folder": (["--pasted", "D"], "--pasted does nothing here: it wants --data pasted"),
+    "pasted alone": (["--data", "pasted"], "--data pasted wants --pasted DIR"),
+    "pasted mirrored": (
+        ["--data", "pasted", "--pasted", "D", "--flip", "0.5"],
+        "--flip does nothing here: it wants --data coco or deeppcb",
+    ),
     "scenes in deeppcb": (
         ["--data", "deeppcb", "--deeppcb", "D", "--train-images", "4"],
-        "--train-images does nothing here: it wants --data scenes or sparse",
+        "--train-images does nothing here: it wants --data scenes, sparse, pasted",
     ),
     "scenes mirrored": (["--flip", "0.5"], "--flip does nothing here: it wants --data coco or"),
     "too often mirrored": ([*COCO, "--flip", "2"], "--flip: must be in 0..1, got 2"),
@@ -71,7 +83,7 @@ BAD_OPTIONS = {
     ),
     "compact ones": (
         ["--student-weights", "imagenet"],
-        "--student-weights imagenet wants a model of torchvision: the compact ones have no such",
+        "--student-weights imagenet wants a model of torchvision or efficientnet_lite0: ",
     ),
     "coco's backbones": (
         ["--student", "resnet18", "--student-weights", "coco"],

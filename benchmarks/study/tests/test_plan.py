@@ -1,13 +1,24 @@
 """The tables' runs are paired, and nothing reported has chosen a setting."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.study.__main__ import main
 from benchmarks.study.methods import METHODS
-from benchmarks.study.plan import TABLES, main_runs, picture_runs, sparse_runs, tap_runs, tune_runs
-from benchmarks.study.runs import Teacher
+from benchmarks.study.plan import (
+    PASTED_SCENES,
+    TABLES,
+    main_runs,
+    pasted_runs,
+    picture_runs,
+    sparse_runs,
+    tap_runs,
+    tune_runs,
+)
+from benchmarks.study.runs import Teacher, teacher_of
 from benchmarks.study.settings import (
     ATTENTION,
     CANDIDATES,
@@ -18,7 +29,7 @@ from benchmarks.study.settings import (
     SENSITIVITY,
     settings_of,
 )
-from benchmarks.study.tests.samples import line_of
+from benchmarks.study.tests.samples import PLAIN, line_of
 from benchmarks.study.variants import split
 
 CHOOSING = {"tune", "taps", "presets", "open"}
@@ -91,6 +102,26 @@ def test_on_real_pictures_the_settings_are_those_of_sparse_scenes() -> None:
     assert {(run.method, str(run.hyperparameters)) for run in runs} == {
         (run.method, str(run.hyperparameters)) for run in sparse
     }
+
+
+def test_on_pasted_pictures_four_methods_have_one_teacher_of_imagenet_s_features() -> None:
+    runs = pasted_runs(chosen_lines())
+    assert len(runs) == 4 * 5
+    assert {(run.detector, run.data) for run in runs} == {("fcos", PASTED_SCENES)}
+    assert {run.method for run in runs} == {"none", "featkd", "pkd", "fitnets"}
+    assert {teacher_of(run).name for run in runs if run.teacher} == {
+        teacher_of(replace(runs[1], seed=9)).name
+    }
+
+
+def test_a_table_of_pictures_wants_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(PLAIN, data=PASTED_SCENES)
+    monkeypatch.setitem(TABLES, "pasted", lambda lines: [run])
+    command = ["run", "pasted", "--lines", str(tmp_path / "lines.jsonl")]
+    with pytest.raises(SystemExit, match=r"^pasted wants --pasted DIR, which python -m .* makes$"):
+        main([*command, "--deeppcb", str(tmp_path)])
 
 
 def test_at_the_fpn_a_baseline_that_gains_there_is_tried_with_three_weights() -> None:

@@ -13,7 +13,7 @@ from benchmarks.study.cells import facts, rows
 from benchmarks.study.document import as_mask_line
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS
 from benchmarks.study.remembered import RememberedTeacher, recall, remembered
-from benchmarks.study.runs import identity, teacher_of
+from benchmarks.study.runs import Teacher, identity, teacher_of
 from benchmarks.study.settings import CANDIDATES, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
@@ -21,7 +21,9 @@ from examples.detection import training
 from examples.detection.batches import collate
 from examples.detection.deeppcb import DeepPCB
 from examples.detection.detectors import BACKBONES
+from examples.detection.lite0 import LITE0, lite0
 from tests.helpers.deeppcb_folder import write_deeppcb
+from tests.helpers.pasted_folder import write_pasted
 
 
 @pytest.fixture
@@ -100,16 +102,37 @@ def test_a_run_on_real_pictures_takes_the_folder_s_two_lists(tmp_path: Path) -> 
     pictures = write_deeppcb(tmp_path / "pictures")
     data = replace(DISTILLED.data, name="deeppcb", held_out_seed=0)
     run = replace(DISTILLED, data=data, hyperparameters=CANDIDATES["featkd"][1])
-    assert len(train.training_data(run, pictures)) == 12
-    assert {board.picture.name for board in train.held_out_data(run, pictures).boards} == {
+    folders = {"deeppcb": pictures}
+    assert len(train.training_data(run, folders)) == 12
+    assert {board.picture.name for board in train.held_out_data(run, folders).boards} == {
         board.picture.name for board in DeepPCB(pictures, "test").boards
     }
-    perform(teacher_of(run), tmp_path, "cpu", pictures)
-    line = perform(run, tmp_path, "cpu", pictures)
+    perform(teacher_of(run), tmp_path, "cpu", folders)
+    line = perform(run, tmp_path, "cpu", folders)
     assert facts(line)["scenes"] == "deeppcb"
     # One file for all seeds: the pictures are the same.
-    perform(replace(run, seed=7), tmp_path, "cpu", pictures)
+    perform(replace(run, seed=7), tmp_path, "cpu", folders)
     assert len(list(tmp_path.glob("features-*.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_pasted_pictures_is_taught_by_imagenet_s_features(tmp_path: Path) -> None:
+    folders = {"pasted": write_pasted(tmp_path / "pictures")}
+    data = replace(DISTILLED.data, name="pasted", train_images=8)
+    teacher = Teacher(LITE0, steps=1)
+    settings = {"weight": 4.0, "taps": "fpn"}
+    run = replace(
+        DISTILLED, data=data, teacher=teacher, method="pkd", hyperparameters=settings, steps=1
+    )
+    perform(teacher_of(run), tmp_path, "cpu", folders)
+    detector = train.trained(teacher_of(run), tmp_path)
+    assert torch.equal(detector.backbone.body.stem[0].weight, lite0(True).stem[0].weight)
+    line = perform(run, tmp_path, "cpu", folders)
+    assert facts(line)["teacher"] == "efficientnet_lite0 of 1 steps"
+    new_model(replace(run, seed=7), tmp_path, CPU, folders)
+    (features,) = tmp_path.glob("features-*.pt")
+    shapes = [each.shape for each in torch.load(features, weights_only=True).values()]
+    assert shapes == [(8, 64, 80, 80), (8, 64, 40, 40), (8, 64, 20, 20)]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
