@@ -180,8 +180,12 @@ def build(
         sizes |= NORMALIZATION
     if name == "fcos":
         # FCOS gives a level the objects of 4 to 8 times its anchor.
-        base = 1 if small_objects else 2
-        anchors = AnchorGenerator(((base,), (2 * base,), (4 * base,)), ((1.0,),) * 3)
+        widths = (1.0, 2.0, 4.0) if small_objects else (2.0, 4.0, 8.0)
+        anchors = AnchorGenerator(tuple((width,) for width in widths), ((1.0,),) * 3)
+        # torchvision rounds half a pixel to 0, and a level of anchors without a size finds nothing.
+        anchors.cell_anchors = [
+            torch.tensor([[-width, -width, width, width]]) / 2 for width in widths
+        ]
         # A small object has few positions: more of them are positive examples.
         sizes["center_sampling_radius"] = 3.0 if small_objects else 1.5
         head = FCOSHead(fpn, 1, classes, num_convs=2)

@@ -101,6 +101,16 @@ def test_small_objects_have_the_fcos_that_is_made_for_them() -> None:
     assert scales == [2, 2, 2, 1]
 
 
+@pytest.mark.parametrize(("data", "widths"), [("scenes", {2, 4, 8}), ("sparse", {1, 2, 4})])
+def test_every_level_of_fcos_has_anchors_of_a_size(data: str, widths: set[int]) -> None:
+    student = new_detector(parse(["--data", data]), "student", 4).eval()
+    found = []
+    student.anchor_generator.register_forward_hook(lambda _, __, anchors: found.extend(anchors))
+    student([torch.zeros(3, 96, 96)])
+    sides = found[0][:, 2:] - found[0][:, :2]
+    assert set(sides.flatten().tolist()) == widths
+
+
 @pytest.mark.parametrize(
     "model",
     [
