@@ -42,10 +42,10 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.phases: dict[str, float] = {}
+        self.start()
 
     def start(self) -> None:
-        self.phases = {}
+        self.phases: dict[str, float] = {}
         self.before = now(self.device)
 
     def mark(self, phase: str) -> None:
@@ -123,11 +123,10 @@ def measure(
         found = phases_in_turn(runs)
         plain = statistics.median(sum(phases.values()) for phases in found["plain step"])
         for part, phases in found.items():
-            sums = [sum(of.values()) for of in phases]
-            named = {
-                phase: [of[phase] for of in phases] for phase in phases[0] if len(phases[0]) > 1
-            }
-            for phase, values in ({"": sums} | named).items():
+            shown = {"": [sum(of.values()) for of in phases]}
+            if part.endswith("step"):
+                shown |= {phase: [of[phase] for of in phases] for phase in phases[0]}
+            for phase, values in shown.items():
                 time = spread(values)
                 yield {
                     "detector": name,
