@@ -24,6 +24,12 @@ class Devices(TorchDispatchMode):
         return result
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.4."),
+    raises=RuntimeError,
+    strict=True,
+    reason="this torch starts the GPU of a fake tensor",
+)
 @pytest.mark.parametrize("case", MODULE_CASES, ids=str)
 def test_a_forward_on_the_gpu_stays_there(case):
     with FakeTensorMode(), torch.device("cuda"):
