@@ -1,11 +1,17 @@
-"""`.ci/cuda` brings its figures home whatever fails; nobody sits beside the GPU that it runs on."""
+"""The benchmarks, and `.ci/cuda`, which brings their figures home whatever fails."""
 
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.measure import record, tree_id
+from benchmarks.pyramid import PRESETS, both
+from tests.helpers.tensors import close, normal
 from tests.release.test_release import ROOT
 
 BENCHMARKS = ["pyramid", "relations", "training_step", "training_step", "losses"]
@@ -59,9 +65,53 @@ def test_a_call_that_says_too_little_says_how_to_call(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_benchmark_that_breaks_off_keeps_its_rows(tmp_path, capsys):
+    def rows():
+        yield {"ms": 1.5}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record("some", torch.device("cpu"), rows(), {"ms": ".2f"}, tmp_path / "results")
+    found = json.loads((tmp_path / "results" / "some-cpu.json").read_text())
+    assert found["rows"] == [{"ms": 1.5}]
+    assert "1.50" in capsys.readouterr().out
+
+
+def test_the_source_has_the_name_that_git_gives_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/b.py", "a.py", "z"):
+        (tmp_path / name).write_text(name)
+    expected = subprocess.run(
+        "git init -q . && git add -A && git write-tree",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    (tmp_path / ".git").rename(tmp_path.parent / "of_git")
+    (tmp_path / "__pycache__").mkdir()
+    assert tree_id(tmp_path) == expected.stdout.strip()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plain_pyramid_is_the_preset(preset):
+    """Where its formulas are written plainly: 1e-6 beside a deviation is 1e-6 of the value."""
+    plainly, ours = (loss.double() for loss in both(preset, {"p3": 4, "p4": 4}))
+    student, teacher = (
+        {
+            level: normal(2, 4, side, side + 1, seed=seed + side)
+            for level, side in (("p3", 6), ("p4", 3))
+        }
+        for seed in (0, 10)
+    )
+    close(plainly(student, teacher), sum(ours(student, teacher).values()), 1e-5)
+
+
 @pytest.mark.slow
 def test_every_benchmark_runs_on_the_cpu(tmp_path):
-    found = run("cpu", "benchmarks", tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = run("cpu", "benchmarks", tmp_path, env=os.environ | {"PATH": path})
     assert found.returncode == 0, found.stdout
     files = {file.name: file for file in tmp_path.iterdir()}
     names = sorted({*BENCHMARKS, "training_step-bf16"})
