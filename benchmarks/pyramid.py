@@ -3,6 +3,7 @@
 python -m benchmarks.pyramid [--device cuda] [--no-compile] [--quick]
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks import plain
 from benchmarks.measure import arguments, interleaved, peak_bytes, record, spread
 
 Maps = dict[str, Tensor]
+Sizes = tuple[tuple[int, int], ...]
 Level = Callable[[nn.ModuleDict, Tensor, Tensor], Tensor]
 
 CHANNELS = 256
@@ -131,44 +133,68 @@ def step(loss: nn.Module, student: Maps, teacher: Maps) -> Callable[[], None]:
     return run
 
 
+def adapters(loss: Plain, student: Maps, gradients: Maps) -> Callable[[], None]:
+    """The convolutions alone, of which no form does without."""
+    layers = [loss.levels[level]["attention_masked"]["adapter"] for level in student]
+    leaves = [*student.values(), *(p for layer in layers for p in layer.parameters())]
+
+    def run() -> None:
+        outputs = [layer(x) for layer, x in zip(layers, student.values(), strict=True)]
+        torch.autograd.backward(outputs, list(gradients.values()))
+        for leaf in leaves:
+            leaf.grad = None
+
+    return run
+
+
+def features(images: int, sizes: Sizes, device: torch.device) -> tuple[Maps, Maps]:
+    def maps() -> Maps:
+        return {
+            f"p{level}": torch.randn(images, CHANNELS, *size, device=device)
+            for level, size in enumerate(sizes, start=3)
+        }
+
+    student, teacher = maps(), maps()
+    return {level: x.requires_grad_() for level, x in student.items()}, teacher
+
+
+def forms(
+    preset: str, student: Maps, teacher: Maps, device: torch.device, compiled: bool
+) -> dict[str, Callable[[], None]]:
+    losses = both(preset, dict.fromkeys(student, CHANNELS))
+    plainly, ours = (loss.to(device) for loss in losses)
+    runs = {"plain": step(plainly, student, teacher)}
+    if not compiled:
+        runs["featkd"] = step(ours, student, teacher)
+        runs["L_AM's adapters"] = adapters(plainly, student, teacher)
+        return runs
+    torch.compiler.reset()
+    for name, loss in (("plain compiled", plainly), ("featkd compiled", ours)):
+        runs[name] = step(torch.compile(loss, fullgraph=True), student, teacher)
+    return runs
+
+
 def measure(device: torch.device, quick: bool, compiled: bool) -> Iterator[dict[str, Any]]:
     """The eager forms of all first: what is compiled takes its time."""
+    batches = TINY if quick else BATCHES
     for compiling in (False, True) if compiled else (False,):
-        for preset in PRESETS:
-            for batch, (images, sizes) in (TINY if quick else BATCHES).items():
-                names = [f"p{3 + index}" for index in range(len(sizes))]
-                student, teacher = (
-                    {
-                        name: torch.randn(images, CHANNELS, *size, device=device)
-                        for name, size in zip(names, sizes, strict=True)
-                    }
-                    for _ in range(2)
-                )
-                for x in student.values():
-                    x.requires_grad_()
-                plainly, ours = (x.to(device) for x in both(preset, dict.fromkeys(names, CHANNELS)))
-                runs = {"plain": step(plainly, student, teacher)}
-                if compiling:
-                    torch.compiler.reset()
-                    plainly, ours = (torch.compile(x, fullgraph=True) for x in (plainly, ours))
-                    runs["plain compiled"] = step(plainly, student, teacher)
-                    runs["featkd compiled"] = step(ours, student, teacher)
-                else:
-                    runs["featkd"] = step(ours, student, teacher)
-                size = sum(x.nbytes for x in teacher.values())
-                times = {form: spread(t) for form, t in interleaved(runs, device).items()}
-                for form, time in times.items():
-                    if not (compiling and form == "plain"):
-                        yield {
-                            "batch": batch,
-                            "preset": preset,
-                            "form": form,
-                            "ms": 1e3 * time["median"],
-                            "ms_p25": 1e3 * time["p25"],
-                            "ms_p75": 1e3 * time["p75"],
-                            "times plain": times["plain"]["median"] / time["median"],
-                            "peak maps": peak_bytes(runs[form], device) / size,
-                        }
+        for preset, (batch, shape) in itertools.product(PRESETS, batches.items()):
+            student, teacher = features(*shape, device)
+            runs = forms(preset, student, teacher, device, compiling)
+            times = {form: spread(t) for form, t in interleaved(runs, device).items()}
+            size = sum(x.nbytes for x in teacher.values())
+            plainly = times["plain"]["median"]
+            for form in list(runs)[compiling:]:  # the eager plain form stands there already
+                yield {
+                    "batch": batch,
+                    "preset": preset,
+                    "form": form,
+                    "ms": 1e3 * times[form]["median"],
+                    "ms_p25": 1e3 * times[form]["p25"],
+                    "ms_p75": 1e3 * times[form]["p75"],
+                    "times plain": plainly / times[form]["median"],
+                    "peak maps": peak_bytes(runs[form], device) / size,
+                }
 
 
 def main() -> None:
