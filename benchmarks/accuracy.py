@@ -6,14 +6,14 @@ python -m benchmarks.accuracy
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import table, write
+from benchmarks.measure import record
 from featkd import functional
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -300,25 +300,22 @@ def worst(
     return row
 
 
-def measure() -> list[dict[str, Any]]:
-    rows = []
+def measure() -> Iterator[dict[str, Any]]:
     for name, call in CALLS.items():
         for label, dtype in DTYPES.items():
             sizes = PAIRS if call.pairs else SIZES
             found = worst(name, dtype, sizes, MAGNITUDES[dtype])
-            rows.append({"function": name, "dtype": label, **found})
+            yield {"function": name, "dtype": label, **found}
         # The large maps at one magnitude.
         found = worst(name, torch.float32, LARGE_PAIRS if call.pairs else LARGE, (1.0,))
-        rows.append({"function": name, "dtype": "float32, large", **found})
-    return rows
+        yield {"function": name, "dtype": "float32, large", **found}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    rows = measure()
     columns = {"function": "", "dtype": "", "calls": "", "value": ".1e", "gradient": ".1e"}
-    print(table(rows, columns | {"value at": "", "gradient at": ""}))
-    print(write("accuracy", torch.device("cpu"), rows))
+    columns |= {"value at": "", "gradient at": ""}
+    record("accuracy", torch.device("cpu"), measure(), columns)
 
 
 if __name__ == "__main__":

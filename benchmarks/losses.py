@@ -1,10 +1,9 @@
 """Time and peak memory of L_AM and L_AT, forward and backward, against the plain formulas.
 
-python -m benchmarks.losses [--device cuda] [--no-compile]
+python -m benchmarks.losses [--device cuda] [--no-compile] [--quick]
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 import featkd
 from benchmarks import plain
-from benchmarks.measure import interleaved, peak_bytes, spread, table, write
+from benchmarks.measure import arguments, interleaved, peak_bytes, record, spread
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 SHAPES = ((2, 256, 100, 152), (2, 256, 200, 304), (8, 256, 100, 152))
+TINY = ((2, 8, 10, 12),)
 TEMPERATURE = 0.5
 # Reads and writes of a whole feature map that the formulas need.
 PASSES = {
@@ -75,9 +75,8 @@ def step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], None]:
     return run
 
 
-def measure(device: torch.device, compiled: bool) -> list[dict[str, Any]]:
-    rows = []
-    for shape in SHAPES:
+def measure(device: torch.device, quick: bool, compiled: bool) -> Iterator[dict[str, Any]]:
+    for shape in TINY if quick else SHAPES:
         student = torch.randn(shape, device=device, requires_grad=True)
         teacher = torch.randn(shape, device=device)
         target = torch.empty_like(teacher)
@@ -97,33 +96,27 @@ def measure(device: torch.device, compiled: bool) -> list[dict[str, Any]]:
             times = {form: spread(t) for form, t in interleaved(runs, device).items()}
             copy = times.pop("copy")["median"] / 2  # of one pass
             for form, time in times.items():
-                rows.append(
-                    {
-                        "shape": " x ".join(map(str, shape)),
-                        "loss": name,
-                        "form": form,
-                        "ms": 1e3 * time["median"],
-                        "ms_p25": 1e3 * time["p25"],
-                        "ms_p75": 1e3 * time["p75"],
-                        "times plain": times["plain"]["median"] / time["median"],
-                        "share of copy": PASSES[name] * copy / time["median"],
-                        "peak maps": peak_bytes(runs[form], device) / size,
-                    }
-                )
-    return rows
+                yield {
+                    "shape": " x ".join(map(str, shape)),
+                    "loss": name,
+                    "form": form,
+                    "ms": 1e3 * time["median"],
+                    "ms_p25": 1e3 * time["p25"],
+                    "ms_p75": 1e3 * time["p75"],
+                    "times plain": times["plain"]["median"] / time["median"],
+                    "share of copy": PASSES[name] * copy / time["median"],
+                    "peak maps": peak_bytes(runs[form], device) / size,
+                }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    rows = measure(device, not options.no_compile)
+    rows = measure(options.device, options.quick, not options.no_compile)
     columns = {"shape": "", "loss": "", "form": "", "ms": ".1f"}
     columns |= {"times plain": ".2f", "share of copy": ".0%", "peak maps": ".2f"}
-    print(table(rows, columns))
-    print(write("losses", device, rows))
+    record("losses", options.device, rows, columns, options.results)
 
 
 if __name__ == "__main__":

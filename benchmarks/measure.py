@@ -1,11 +1,13 @@
 """Time, peak memory and provenance, the same way for every benchmark here."""
 
+import argparse
+import hashlib
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 RESULTS = Path(__file__).parent / "results"
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What every benchmark is asked."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    return parser
 
 
 def seconds(
@@ -35,21 +41,41 @@ def seconds(
 
 
 def once(function: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     function()
-    synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all work that was given to `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if clock(device) == "processor" else time.perf_counter()
+
+
+def clock(device: torch.device) -> str:
+    """On one thread the processor's own time, which other work on the machine disturbs less."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return "processor" if alone else "wall"
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], device: torch.device, rounds: int = 9
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 9,
+    budget: float = 30.0,
 ) -> dict[str, list[float]]:
-    """Times of several functions in turn, so that a drift of the machine hits them alike."""
+    """Times of several functions in turn, so that a drift of the machine hits them alike.
+
+    After `budget` seconds no further round begins.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for index in range(rounds):
+        if index and time.perf_counter() - start > budget:
+            break
         for name, function in functions.items():
             times[name].append(once(function, device))
     return times
@@ -86,18 +112,43 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": output_of("git", "rev-parse", "HEAD"),
+        "source": tree_id(Path(featkd.__file__).parent),
         "featkd": featkd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": gpu or processor(),
         "threads": torch.get_num_threads(),
+        "clock": clock(device),
         "cuda": torch.version.cuda if gpu else None,
         "driver": output_of(*DRIVER) if gpu else None,
     }
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def output_of(*command: str) -> str | None:
+    """What a command prints; `None` where it fails or is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tree_id(folder: Path) -> str:
+    """git's name of a folder as it lies on disk, without git: `git rev-parse COMMIT:featkd`."""
+    content = b""
+    for path in sorted(folder.iterdir(), key=lambda p: p.name + "/" * p.is_dir()):
+        if path.name != "__pycache__":
+            mode, name = (b"40000", tree_id(path)) if path.is_dir() else (b"100644", blob_id(path))
+            content += mode + b" " + path.name.encode() + b"\0" + bytes.fromhex(name)
+    return git_id(b"tree", content)
+
+
+def blob_id(file: Path) -> str:
+    return git_id(b"blob", file.read_bytes())
+
+
+def git_id(kind: bytes, content: bytes) -> str:
+    header = kind + b" " + str(len(content)).encode() + b"\0"
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
 
 
 def processor() -> str:
@@ -107,11 +158,27 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write(name: str, device: torch.device, rows: list[dict[str, Any]]) -> Path:
-    file = RESULTS / f"{name}-{device.type}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"provenance": provenance(device), "rows": rows}, indent=1) + "\n")
-    return file
+def record(
+    name: str,
+    device: torch.device,
+    rows: Iterable[dict[str, Any]],
+    columns: dict[str, str],
+    results: Path = RESULTS,
+) -> list[dict[str, Any]]:
+    """Writes the rows after each of them, so that a run which is stopped keeps its figures.
+
+    Prints them as a table in the end, whatever the end.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / f"{name}-{device.type}.json"
+    made, found = provenance(device), []
+    try:
+        for row in rows:
+            found.append(row)
+            file.write_text(json.dumps({"provenance": made, "rows": found}, indent=1) + "\n")
+    finally:
+        print(table(found, columns), file, sep="\n")
+    return found
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

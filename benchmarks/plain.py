@@ -12,11 +12,15 @@ def masks(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
     return spatial_mask, channel.softmax(1) * channel.shape[1]
 
 
+def masked_energy(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
+    square = (teacher - student) ** 2 * spatial[:, None] * channel[:, :, None, None]
+    return square.sum((1, 2, 3))
+
+
 def masked_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     with torch.no_grad():
-        spatial, channel = masks(student, teacher, temperature)
-    square = (teacher - student) ** 2 * spatial[:, None] * channel[:, :, None, None]
-    return square.sum((1, 2, 3)).sqrt().mean()
+        both = masks(student, teacher, temperature)
+    return masked_energy(student, teacher, *both).sqrt().mean()
 
 
 def transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
 """Time, peak memory and growth of the four relations, against the matrix of all pairs.
 
-    python -m benchmarks.relations [--device cuda]
+    python -m benchmarks.relations [--device cuda] [--quick]
 
 Where `mmcv-lite` is installed its `NonLocal2d` is timed too, forward only: in concatenation mode
 its backward raises an error.
 """
 
-import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,10 +18,11 @@ from torch import Tensor
 
 import featkd
 from benchmarks import plain
-from benchmarks.measure import peak_bytes, seconds, spread, table, write
+from benchmarks.measure import arguments, peak_bytes, record, seconds, spread
 
 POSITIONS = (1024, 2048, 4096, 8192, 16384, 32768, 60800)
 GAUSSIAN_POSITIONS = (1024, 2048, 4096, 60800)  # exact softmax attention: quadratic in time
+TINY = (64, 128)
 MATRIX_POSITIONS = 4096
 WIDTH = 128
 IMAGES = 2
@@ -90,26 +90,25 @@ def row(
     }
 
 
-def measure(device: torch.device) -> list[dict[str, Any]]:
-    rows = []
+def measure(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     for kind, (ours, matrix) in KINDS.items():
         slow = kind.endswith("gaussian") and device.type == "cpu"
-        for positions in GAUSSIAN_POSITIONS if slow else POSITIONS:
+        for positions in TINY if quick else GAUSSIAN_POSITIONS if slow else POSITIONS:
             tensors = inputs(kind, positions, device)
             gradient = torch.randn(IMAGES, WIDTH, positions, device=device)
             run = both_ways(ours, tensors, gradient)
-            rows.append(row(kind, "featkd", positions, run, device))
+            yield row(kind, "featkd", positions, run, device)
             if positions <= MATRIX_POSITIONS:
                 run = both_ways(matrix, tensors, gradient)
-                rows.append(row(kind, "matrix", positions, run, device))
-    return rows + measure_mmcv(device) if find_spec("mmcv") is not None else rows
+                yield row(kind, "matrix", positions, run, device)
+    if find_spec("mmcv") is not None:
+        yield from measure_mmcv(device)
 
 
-def measure_mmcv(device: torch.device) -> list[dict[str, Any]]:
+def measure_mmcv(device: torch.device) -> Iterator[dict[str, Any]]:
     """mmcv's `NonLocal2d` and our block of the same kind, forward only."""
     from mmcv.cnn import NonLocal2d
 
-    rows = []
     features = torch.randn(1, 2 * WIDTH, 32, 48, device=device)
     for kind in ("dot_product", "concatenation", "embedded_gaussian", "gaussian"):
         blocks = {
@@ -118,16 +117,16 @@ def measure_mmcv(device: torch.device) -> list[dict[str, Any]]:
         }
         for form, block in blocks.items():
             run = torch.no_grad()(partial(block.to(device), features))
-            rows.append(row(kind, form, 32 * 48, run, device))
-    return rows
+            yield row(kind, form, 32 * 48, run, device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    device = torch.device(parser.parse_args().device)
-    rows = measure(device)
-    print(table(rows, {"kind": "", "form": "", "positions": "", "ms": ".2f", "MiB": ".1f"}))
+    options = arguments(__doc__).parse_args()
+    rows = measure(options.device, options.quick)
+    columns = {"kind": "", "form": "", "positions": "", "ms": ".2f", "MiB": ".1f"}
+    rows = record("relations", options.device, rows, columns, options.results)
+    if options.quick:
+        return
     for kind in ("dot_product", "concatenation"):
         ours = [row for row in rows if row["kind"] == kind and row["form"] == "featkd"]
         matrix = [row for row in rows if row["kind"] == kind and row["form"] == "matrix"][-1]
@@ -136,7 +135,6 @@ def main() -> None:
             f"{kind}: time grows as positions ** {exponent(ours):.2f} from 4,096 to 32,768; "
             f"{matrix['ms'] / same['ms']:.1f} times as fast as the matrix at {same['positions']}"
         )
-    print(write("relations", device, rows))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python -m benchmarks.training_step [--device cuda --size 800 --batch-size 4]
 """
 
-import argparse
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 import featkd
-from benchmarks.measure import interleaved, spread, table, write
+from benchmarks.measure import arguments, now, record, spread
 
-DETECTORS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+DETECTORS = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn")
+REST = "taps and the rest"
 LAYERS = {"c3": "backbone.body.layer2", "c4": "backbone.body.layer3", "c5": "backbone.body.layer4"}
 CHANNELS = {"c3": 512, "c4": 1024, "c5": 2048}
 ALL_TERMS = featkd.Hyperparameters(1.0, 1.0, 1.0, 0.5, normalize=True)
@@ -36,18 +37,47 @@ def batch(size: int, count: int, device: torch.device) -> tuple[list[Tensor], li
     return images, [{"boxes": boxes, "labels": labels} for _ in images]
 
 
-def step(model: Callable[..., Any], parameters: list[nn.Parameter], *data: Any) -> None:
+class Clock:
+    """Seconds of a step's phases: of each from the mark before it to its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.before = now(self.device)
+
+    def mark(self, phase: str) -> None:
+        time = now(self.device)
+        self.phases[phase] = self.phases.get(phase, 0.0) + time - self.before
+        self.before = time
+
+    def watch(self, module: nn.Module, phase: str, outside: str) -> None:
+        """The calls of `module` are `phase`; what was run up to them is `outside`."""
+        module.register_forward_pre_hook(lambda *_: self.mark(outside))
+        module.register_forward_hook(lambda *_: self.mark(phase))
+
+
+def step(
+    clock: Clock, model: Callable[..., Any], parameters: list[nn.Parameter], *data: Any
+) -> dict[str, float]:
     for parameter in parameters:
         parameter.grad = None
+    clock.start()
     losses = model(*data)
     if isinstance(losses, tuple):
         losses = losses[0] | losses[1]
-    sum(losses.values()).backward()
+    total = sum(losses.values())
+    clock.mark(REST)
+    total.backward()
+    clock.mark("backward")
+    return clock.phases
 
 
 def measure(
     name: str, size: int, count: int, device: torch.device, teacher_dtype: torch.dtype
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     build = partial(
         getattr(detection, name),
         weights=None,
@@ -56,51 +86,53 @@ def measure(
         max_size=2 * size,
     )
     student = build().to(device).train()
-    teacher = build().to(device).eval()
+    teacher = build().to(device, teacher_dtype).eval()
+    whole = build().to(device).eval()
     images, targets = batch(size, count, device)
-    rows = []
+    clock = Clock(device)
+    clock.watch(student, "student, forward", REST)
+    clock.watch(teacher.backbone, "teacher", REST)
     for label, (settings, layers, channels) in DISTILLED.items():
         loss = featkd.FeatureDistillationLoss(channels, channels, hyperparameters=settings)
         distiller = featkd.Distiller(
             student, teacher, loss.to(device), layers, shared_input="backbone"
         )
+        clock.watch(loss, "loss, forward", REST)
         with featkd.FeatureTap(student, layers) as tap:
             student(images, targets)
             ours = {level: x.detach().requires_grad_() for level, x in tap.pop().items()}
         theirs = {level: x.detach() for level, x in ours.items()}
-        pixels = torch.rand(count, 3, size, size * 4 // 3, device=device, dtype=teacher_dtype)
 
         @torch.no_grad()
-        def whole_teacher() -> None:
-            teacher.float()(images)
+        def whole_teacher() -> dict[str, float]:
+            clock.start()
+            whole(images)
+            clock.mark(REST)
+            return clock.phases
 
-        @torch.no_grad()
-        def teachers_backbone(pixels: Tensor = pixels) -> None:
-            teacher.to(teacher_dtype).backbone(pixels)
-
-        def distilled(distiller: featkd.Distiller = distiller) -> None:
-            teacher.to(teacher_dtype)
-            step(distiller, list(distiller.parameters()), images, targets)
-
-        times = interleaved(
-            {
-                "plain step": partial(step, student, list(student.parameters()), images, targets),
-                "distilled step": distilled,
-                "teacher, whole": whole_teacher,
-                "teacher, backbone": teachers_backbone,
-                "loss": partial(step, loss, [*loss.parameters(), *ours.values()], ours, theirs),
-            },
-            device,
-            rounds=5,
-        )
-        plain = spread(times["plain step"])["median"]
-        for part, values in times.items():
-            time = spread(values)
-            rows.append(
-                {
+        runs = {
+            "plain step": partial(step, clock, student, [*student.parameters()], images, targets),
+            "distilled step": partial(
+                step, clock, distiller, [*distiller.parameters()], images, targets
+            ),
+            "loss alone": partial(
+                step, clock, loss, [*loss.parameters(), *ours.values()], ours, theirs
+            ),
+            "teacher, whole": whole_teacher,
+        }
+        found = phases_in_turn(runs)
+        plain = statistics.median(sum(phases.values()) for phases in found["plain step"])
+        for part, phases in found.items():
+            shown = {"": [sum(of.values()) for of in phases]}
+            if part.endswith("step"):
+                shown |= {phase: [of[phase] for of in phases] for phase in phases[0]}
+            for phase, values in shown.items():
+                time = spread(values)
+                yield {
                     "detector": name,
                     "distilled": label,
                     "part": part,
+                    "phase": phase,
                     "ms": 1e3 * time["median"],
                     "ms_p25": 1e3 * time["p25"],
                     "ms_p75": 1e3 * time["p75"],
@@ -109,26 +141,35 @@ def measure(
                     "batch_size": count,
                     "teacher_dtype": str(teacher_dtype),
                 }
-            )
-    return rows
+
+
+def phases_in_turn(
+    runs: dict[str, Callable[[], dict[str, float]]], rounds: int = 5
+) -> dict[str, list[dict[str, float]]]:
+    """Of each run, in turn, after one to warm up."""
+    found: dict[str, list[dict[str, float]]] = {part: [] for part in runs}
+    for index in range(rounds + 1):
+        for part, run in runs.items():
+            phases = run()
+            if index:
+                found[part].append(phases)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=320, help="shorter side of the images")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--bf16-teacher", action="store_true")
     options = parser.parse_args()
-    device = torch.device(options.device)
     dtype = torch.bfloat16 if options.bf16_teacher else torch.float32
-    rows: list[dict[str, Any]] = []
-    for name in DETECTORS:
-        rows += measure(name, options.size, options.batch_size, device, dtype)
-    columns = {"detector": "", "distilled": "", "part": "", "ms": ".1f", "of plain step": ".1%"}
-    print(table(rows, columns))
+    size, count = (64, 1) if options.quick else (options.size, options.batch_size)
+    detectors = DETECTORS[:1] if options.quick else DETECTORS
+    rows = (row for name in detectors for row in measure(name, size, count, options.device, dtype))
+    columns = {"detector": "", "distilled": "", "part": "", "phase": "", "ms": ".1f"}
+    columns |= {"of plain step": ".1%"}
     name = "training_step-bf16" if options.bf16_teacher else "training_step"
-    print(write(name, device, rows))
+    record(name, options.device, rows, columns, options.results)
 
 
 if __name__ == "__main__":
