@@ -11,6 +11,8 @@ from torch import Tensor
 from ._blocks import in_forward_mode, map_blocks
 from ._numerics import full_precision
 
+_PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """`softmax(scale * query key^T) value`; `(B, N, D), (B, M, D), (B, M, E) -> (B, N, E)`."""
@@ -39,6 +41,18 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return result.squeeze(1)[..., : value.shape[-1]] + 0 * (largest * (scale * query.shape[-1]))
 
 
+def _query_blocks(query: Tensor, key: Tensor) -> list[slice]:
+    """All queries at once, but for float64 on a GPU: torch has no fused kernel of it there."""
+    count = width = query.shape[1]
+    if query.dtype == torch.float64 and query.device.type != "cpu":
+        width = max(1, _PAIRS // max(1, query.shape[0] * key.shape[1]))
+    return [slice(start, start + width) for start in range(0, count, width)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 class _Attend(torch.autograd.Function):
     """The fused kernels, whose backward cannot be differentiated, with one that can where asked."""
 
@@ -46,7 +60,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return _fused_attention(query, key, value, scale)
+        blocks = _query_blocks(query, key)
+        return _joined([_fused_attention(query[:, b], key, value, scale) for b in blocks])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -57,10 +72,14 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            with torch.enable_grad():
-                q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-                output = _fused_attention(q, k, v, ctx.scale)
-            return *torch.autograd.grad(output, (q, k, v), grad), None
+            first, *others = _query_blocks(query, key)
+            to_query, to_key, to_value = _gradients(query, key, value, ctx.scale, grad, first)
+            parts = [to_query]
+            for block in others:
+                part, of_key, of_value = _gradients(query, key, value, ctx.scale, grad, block)
+                parts.append(part)
+                to_key, to_value = to_key + of_key, to_value + of_value
+            return _joined(parts), to_key, to_value, None
         with full_precision(query):
             weights = (ctx.scale * query @ key.mT).softmax(-1)
             to_weights = grad @ value.mT
@@ -68,6 +87,16 @@ class _Attend(torch.autograd.Function):
             to_query = ctx.scale * to_logits @ key
             to_key = ctx.scale * to_logits.mT @ query
             return to_query, to_key, weights.mT @ grad, None
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, grad: Tensor, block: slice
+) -> tuple[Tensor, ...]:
+    """Of what a block of the queries gives, whose gradient is `grad[:, block]`."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (query[:, block], key, value)]
+        output = _fused_attention(*leaves, scale)
+    return torch.autograd.grad(output, leaves, grad[:, block])
 
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from featkd import (
     functional,
     gaussian_relation,
 )
+from featkd.losses import _pairs
 from tests.helpers import reference
 from tests.helpers.cases import KINDS, RELATIONS, gradients_of
 from tests.helpers.marks import each_kind, each_relation
@@ -53,6 +54,27 @@ def test_golden_concatenation():
     # theta = 1: relu(3, 0, 6) . (1, 10, 100) / 3 = 603 / 3; theta = -4: relu(-2, -5, 1) -> 100 / 3.
     theta, phi, g = tensor([[[1, -4]]]), tensor([[[2, -1, 5]]]), tensor([[[1, 10, 100]]])
     close(functional.concatenation_relation(theta, phi, g), tensor([[[201, 100 / 3]]]))
+
+
+def test_attention_in_float64_on_a_gpu_holds_few_pairs_at_a_time():
+    """No fused kernel takes it there, nor on the meta device."""
+    tensors = [torch.empty(1, 8, 8192, dtype=torch.float64, device="meta") for _ in range(3)]
+    tensors = leaves(tensors)
+    with LargestTensor() as largest:
+        value = functional.embedded_gaussian_relation(*tensors)
+        torch.autograd.grad(value.sum(), tensors)
+    assert largest.elements == _pairs._PAIRS
+
+
+def test_attention_in_blocks_of_queries_is_attention(monkeypatch):
+    tensors = leaves([normal(2, 3, 7, seed=seed) for seed in range(3)])
+    found = []
+    for blocks in ([slice(0, 7)], [slice(0, 3), slice(3, 6), slice(6, 9)]):
+        monkeypatch.setattr(_pairs, "_query_blocks", lambda *_, blocks=blocks: blocks)
+        value = functional.embedded_gaussian_relation(*tensors)
+        found.append((value, *torch.autograd.grad(value.square().sum(), tensors)))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
 
 
 # --- softmax relations ----------------------------------------------------------------------------
