@@ -94,9 +94,9 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Of what a block of the queries gives, whose gradient is `grad[:, block]`."""
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query[:, block], key, value)]
-        output = _fused_attention(*leaves, scale)
-    return torch.autograd.grad(output, leaves, grad[:, block])
+        q, k, v = (x.detach().requires_grad_() for x in (query[:, block], key, value))
+        output = _fused_attention(q, k, v, scale)
+    return torch.autograd.grad(output, (q, k, v), grad[:, block])
 
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
