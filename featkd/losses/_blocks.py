@@ -43,10 +43,10 @@ def channel_blocks(features: Tensor, maps: int = 1) -> list[slice]:
     """
     channels = features.shape[1]
     width = channels
-    if features.device.type == "cpu" and _in_place():
-        bytes_per_channel = maps * features[:, :1].numel() * features.element_size()
+    size = maps * features.numel() * features.element_size()
+    if size > _BLOCK_BYTES and features.device.type == "cpu" and _in_place():
         block_bytes = _BLOCK_BYTES * min(torch.get_num_threads(), 2)
-        width = max(1, block_bytes // max(bytes_per_channel, 1))
+        width = max(1, block_bytes * channels // size)
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 
 

@@ -38,7 +38,11 @@ def weighted_distance(
 
 class _Means(torch.autograd.Function):
     @staticmethod
-    def forward(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, features: Tensor, dims: tuple[Dims, ...], absolute: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.dims, ctx.absolute = dims, absolute
+        ctx.save_for_backward(features)
         dtype = compute_dtype(features)
         over_channels: list[Tensor] = []
         over_positions: list[Tensor] = []
@@ -55,11 +59,6 @@ class _Means(torch.autograd.Function):
             else of_all_channels(over_positions)
             for d in dims
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        features, ctx.dims, ctx.absolute = inputs
-        ctx.save_for_backward(features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,7 +108,7 @@ class _WeightedDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
+        ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(a, b, by_position, by_channel)
         weight = None if by_position is None else by_position[:, None]
@@ -125,14 +124,12 @@ class _WeightedDistance(torch.autograd.Function):
             found.append(square.sum(OVER_POSITIONS))
         each = of_all_channels(found)
         if even:
-            return each[:, 0] if each.shape[1] == 1 else _norm(each, OVER_CHANNELS)
-        if by_channel is not None:
-            each = each * by_channel
-        return each.sum(1).sqrt()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+            distance = each[:, 0] if each.shape[1] == 1 else _norm(each, OVER_CHANNELS)
+        else:
+            energy = each if by_channel is None else each * by_channel
+            distance = energy.sum(1).sqrt()
+        ctx.save_for_backward(a, b, by_position, by_channel, distance)
+        return distance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
