@@ -49,10 +49,6 @@ def _query_blocks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + width) for start in range(0, count, width)]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
 class _Attend(torch.autograd.Function):
     """The fused kernels, whose backward cannot be differentiated, with one that can where asked."""
 
@@ -61,7 +57,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         blocks = _query_blocks(query, key)
-        return _joined([_fused_attention(query[:, b], key, value, scale) for b in blocks])
+        parts = [_fused_attention(query[:, block], key, value, scale) for block in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,14 +69,16 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            first, *others = _query_blocks(query, key)
-            to_query, to_key, to_value = _gradients(query, key, value, ctx.scale, grad, first)
-            parts = [to_query]
-            for block in others:
-                part, of_key, of_value = _gradients(query, key, value, ctx.scale, grad, block)
-                parts.append(part)
-                to_key, to_value = to_key + of_key, to_value + of_value
-            return _joined(parts), to_key, to_value, None
+            blocks = _query_blocks(query, key)
+            if len(blocks) == 1:  # `is_grads_batched` takes no slices
+                return *_gradients(query, key, value, ctx.scale, grad), None
+            parts, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
+            for block in blocks:
+                part = _gradients(query[:, block], key, value, ctx.scale, grad[:, block])
+                parts.append(part[0])
+                to_key += part[1]
+                to_value += part[2]
+            return torch.cat(parts, 1), to_key, to_value, None
         with full_precision(query):
             weights = (ctx.scale * query @ key.mT).softmax(-1)
             to_weights = grad @ value.mT
@@ -90,13 +89,12 @@ class _Attend(torch.autograd.Function):
 
 
 def _gradients(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, grad: Tensor, block: slice
+    query: Tensor, key: Tensor, value: Tensor, scale: float, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of what a block of the queries gives, whose gradient is `grad[:, block]`."""
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (query[:, block], key, value))
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         output = _fused_attention(q, k, v, scale)
-    return torch.autograd.grad(output, (q, k, v), grad[:, block])
+    return torch.autograd.grad(output, (q, k, v), grad)
 
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
