@@ -28,6 +28,7 @@ SIDES = (14, 60)  # the longer side of what is pasted, log-uniformly
 TURN = 20.0  # degrees
 PLACEMENTS = 20  # tries before a picture is given up for want of room
 PARTS = ("cutouts", "distractors", "backgrounds")
+LEAST_OPAQUE = 64  # of 255; it is 1 in masks of 0 and 1, and rounding makes nothing of that
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 # Of a picture, twice what a scene shows is kept.
 CUTOUT_SIDE, BACKGROUND_SIDE = 2 * SIDES[1], 2 * SIZE
@@ -99,7 +100,8 @@ def extent(picture: Image.Image) -> Box:
     """Of the pixels that are at least half as opaque as the most opaque one."""
     alpha = picture.getchannel("A")
     least = max(1, alpha.getextrema()[1] / 2)
-    return alpha.point(lambda value: 255 * (value >= least)).getbbox()
+    # Specks may be lost as a picture is made smaller: of nothing it is all.
+    return alpha.point(lambda value: 255 * (value >= least)).getbbox() or (0, 0, *picture.size)
 
 
 def varied(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
@@ -203,4 +205,5 @@ def transparency(file: Path) -> str:
     """What is wrong with that of a cut-out, if anything."""
     with Image.open(file) as picture:
         least, most = picture.convert("RGBA").getchannel("A").getextrema()
-    return "none" if least == 255 else "nothing else" if most == 0 else ""
+    others = f"others {most} of 255 opaque at most" if most < LEAST_OPAQUE else ""
+    return "none" if least == 255 else "nothing else" if most == 0 else others

@@ -145,11 +145,17 @@ class RunFolder:
         return content if ours and isinstance(content.get("options"), dict) else None
 
     def compare(self, before: dict[str, Any]) -> None:
-        changed = [k for k, v in self.chosen.items() if k not in before or before[k] != v]
+        unknown = [f"--{k.replace('_', '-')}" for k in self.chosen if k not in before]
+        if unknown:
+            raise JobError(
+                f"--resume wants a run of this version of the job, got one in {self.path} that has "
+                f"no {', '.join(unknown)}: choose another --output, or give --overwrite instead"
+            )
+        changed = [k for k, v in self.chosen.items() if before[k] != v]
         if changed:
             raise JobError(
                 f"--resume must keep the settings of the run in {self.path}, got "
-                + ", ".join(f"{k}={self.chosen[k]} for {before.get(k)}" for k in changed)
+                + ", ".join(f"{k}={self.chosen[k]} for {before[k]}" for k in changed)
             )
 
     def lock_it(self) -> None:

@@ -97,7 +97,8 @@ def _count(features: Tensor, dims: Dims) -> int:
 
 def _norm(x: Tensor, dims: Dims) -> Tensor:
     """The L2 norm over `dims` of a fresh `x`, which it may overwrite."""
-    if _count(x, dims) <= FEW:
+    # In other layouts it adds all numbers one by one.
+    if _count(x, dims) <= FEW and x.is_contiguous():
         result: Tensor = torch.linalg.vector_norm(x, dim=dims)
         return result
     return x.square_().sum(dims).sqrt()
@@ -113,18 +114,20 @@ class _WeightedDistance(torch.autograd.Function):
         dtype = compute_dtype(a, b, by_position, by_channel)
         weight = None if by_position is None else by_position[:, None]
         even = by_position is None and by_channel is None
+        # No view of the one channel: callers may go on in place.
+        dims = OVER_POSITIONS if b.shape[1] > 1 else (1, 2, 3)
         found = []
         for block in channel_blocks(b):
             difference = a[:, block].to(dtype) - b[:, block]
             if even:
-                found.append(_norm(difference, OVER_POSITIONS))
+                found.append(_norm(difference, dims))
                 continue
             square = difference.square_()
             square = square if weight is None else square.mul_(weight)
             found.append(square.sum(OVER_POSITIONS))
         each = of_all_channels(found)
         if even:
-            distance = each[:, 0] if each.shape[1] == 1 else _norm(each, OVER_CHANNELS)
+            distance = each if each.dim() == 1 else _norm(each, OVER_CHANNELS)
         else:
             energy = each if by_channel is None else each * by_channel
             distance = energy.sum(1).sqrt()

@@ -1,5 +1,6 @@
 """The error bounds that docs/numerics.md publishes, and equal bits from run to run."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import featkd
 from benchmarks import accuracy
 from featkd import functional
+from featkd.losses._numerics import FEW
 from tests.helpers.cases import CASES, KINDS
 from tests.helpers.tensors import normal
 
@@ -81,6 +83,26 @@ def test_a_million_equal_differences_are_added_without_loss():
     exact = (1.6e6 * pair[0].double()[0, 0, 0, 0] ** 2).sqrt()
     for loss in (functional.non_local_loss, functional.attention_masked_loss):
         assert abs(loss(*pair) - exact) < 2e-6 * exact
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, FEW), (8, 2, FEW // 2), (FEW, 1, 1)], ids=str)
+def test_few_equal_differences_are_added_without_loss(size, layout):
+    """1,024 of them one by one lose 8e-6."""
+    values = torch.linspace(1, 2, 50)[:, None, None, None]
+    ours = values.expand(-1, *size).contiguous(memory_format=layout)
+    found = functional.attention_masked_loss(ours, torch.zeros_like(ours), reduction="none")
+    exact = values.flatten().double() * math.prod(size) ** 0.5
+    assert (found - exact).abs().max() < 1e-6 * exact.min()
+
+
+def test_few_equal_elements_of_a_mask_are_added_without_loss():
+    """1,024 of them in vectors of eight lose 2e-6."""
+    maps = torch.linspace(-1, 0, 500)[:, None].repeat(1, FEW)
+    maps[:, 0] = 0
+    found = functional.attention_mask(maps, torch.zeros_like(maps), temperature=1.0)
+    exact = maps.double().softmax(1) * FEW
+    assert ((found - exact).abs() / exact / (1 - maps.amin(1, keepdim=True))).max() < 5e-7
 
 
 @pytest.mark.parametrize("name", ["spatial_attention", "attention_transfer_loss"])

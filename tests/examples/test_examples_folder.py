@@ -241,6 +241,17 @@ def test_an_unfinished_run_is_gone_on_with_or_replaced_by_name_alone(used: Path)
     assert "plain.checkpoint.pt" not in contents(used)
 
 
+def test_a_run_of_a_version_with_fewer_options_is_not_gone_on_with(used: Path) -> None:
+    """As the new version may draw its pictures in another way."""
+    config = json.loads((used / "config.json").read_text())
+    del config["options"]["scale_jitter"], config["options"]["tile"]
+    (used / "config.json").write_text(json.dumps(config))
+    assert f"got one in {used} that has no --scale-jitter, --tile" in refused(
+        "--output", used, "--resume"
+    )
+    assert begin("--output", used, "--overwrite") == "new"
+
+
 @pytest.mark.parametrize("name", ["teacher.pt", "results.json", "curves.png", "config.json"])
 def test_a_folder_that_is_no_run_s_loses_nothing(name: str, tmp_path: Path) -> None:
     (tmp_path / "other.pt").write_text("other")

@@ -53,7 +53,8 @@ def test_boxes_are_the_extents_of_what_is_opaque(folder: Path) -> None:
 
 def test_an_extent_leaves_a_faint_seam_out() -> None:
     assert extent(cut_out((1, 2, 3))) == (25, 20, 65, 40)
-    assert extent(Image.new("RGBA", (7, 5), (0, 0, 0, 90))) == (0, 0, 7, 5)
+    for alpha in (90, 0):
+        assert extent(Image.new("RGBA", (7, 5), (0, 0, 0, alpha))) == (0, 0, 7, 5)
 
 
 def test_an_item_is_like_a_scene_s_and_depends_on_seed_and_index_alone(folder: Path) -> None:
@@ -107,15 +108,19 @@ def test_all_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) -> None
     (birds / "one.png").write_bytes(b"no picture")
     Image.new("RGB", (30, 30)).save(birds / "three.png")
     Image.new("RGBA", (30, 30)).save(birds / "four.png")
+    mask = Image.new("L", (30, 30))
+    mask.paste(1, (5, 5, 20, 20))
+    Image.merge("RGBA", [mask] * 4).save(birds / "five.png")
     Image.new("RGB", (400, 300)).save(copied / "backgrounds/one.jpg")
     (copied / "cutouts/tool").mkdir()
     with pytest.raises(DataError) as error:
         read_folder(copied)
     expected = [
-        f"{copied}: 5 to mend, nothing has been trained",
+        f"{copied}: 6 to mend, nothing has been trained",
         "cutouts/bird/further/one.png: must be a whole picture that Pillow can read",
         "cutouts/bird/further/three.png: must have transparent parts and others, got none",
         "cutouts/bird/further/four.png: must have transparent parts and others, got nothing else",
+        "five.png: must have transparent parts and others, got others 1 of 255 opaque at most",
         "backgrounds/one.jpg: must be 320 pixels wide and high, got 400 x 300",
         "cutouts/tool: must hold pictures whose names begin with two words or more",
     ]

@@ -46,6 +46,16 @@ def test_a_channel_mask_alone_has_its_gradient(distance):
 
 
 @each_distance
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_result_without_a_gradient_may_be_added_to_in_place(distance, channels):
+    """As a sum of losses is; torch refuses that of views made in a custom function."""
+    found, other = distance(*torch.randn(2, 3, channels, 4, 5)), torch.ones(3, requires_grad=True)
+    found += other
+    (slope,) = torch.autograd.grad(found.sum(), other)
+    close(slope, torch.ones(3), 0.0)
+
+
+@each_distance
 def test_a_graph_of_the_gradient_rounds_narrow_features_no_more_than_none(distance):
     """Far from 0, where a mean in bfloat16 would be off by 1/16."""
     pair = [(10 + normal(2, 3, 4, 5, seed=s)).bfloat16().requires_grad_() for s in (0, 1)]
