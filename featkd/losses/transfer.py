@@ -89,7 +89,7 @@ def attention_transfer_loss(
 def _distance(ours: Tensor, theirs: Tensor, standardize: bool) -> Tensor:
     """Of spatial maps `(B, 1, H, W)` or channel maps `(B, C)`, over all that an image has."""
     distance = standardized_distance if standardize else masked_distance
-    return distance(*(x.flatten(1)[:, None, :, None] for x in (ours, theirs)))
+    return distance(*(x.flatten(1).unsqueeze(1).unsqueeze(3) for x in (ours, theirs)))
 
 
 def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class AttentionTransferLoss(LevelLoss):
             ours = {over: standardized(x, tuple(range(1, x.dim()))) for over, x in ours.items()}
         pairs = []
         if self.spatial_adapter is not None:
-            spatial = self.spatial_adapter(ours[OVER_CHANNELS][:, None])
+            spatial = self.spatial_adapter(ours[OVER_CHANNELS].unsqueeze(1))
             pairs.append((spatial, theirs[OVER_CHANNELS][:, None]))
         if self.channel_adapter is not None:
             pairs.append((self.channel_adapter(ours[OVER_POSITIONS]), theirs[OVER_POSITIONS]))
