@@ -114,13 +114,18 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     return list({run.identity: run for run in runs}.values())
 
 
+def one_setting_each(lines: Iterable[Line]) -> dict[str, list[dict[str, Any]]]:
+    """The presets, and of every other method the setting of the highest mean over detectors."""
+    chosen = best_everywhere(finished("taps", tap_runs(lines), lines))
+    return {"featkd": UNTUNED} | {method: [chosen[method]] for method in list(CANDIDATES)[1:]}
+
+
 def sparse_runs(lines: Iterable[Line]) -> list[Run]:
     """Presets and methods at one setting each: the best of dense scenes over all detectors.
 
     `LookupError` where the table that says so is not finished.
     """
-    chosen = best_everywhere(finished("taps", tap_runs(lines), lines))
-    settings = {"featkd": UNTUNED} | {method: [chosen[method]] for method in list(CANDIDATES)[1:]}
+    settings = one_setting_each(lines)
     runs = []
     for seed in MAIN_SEEDS:
         for detector in TUNED_ON:
@@ -131,8 +136,7 @@ def sparse_runs(lines: Iterable[Line]) -> list[Run]:
 
 def picture_runs(lines: Iterable[Line]) -> list[Run]:
     """FCOS on real pictures, each preset and method at the setting that it has everywhere."""
-    chosen = best_everywhere(finished("taps", tap_runs(lines), lines))
-    settings = {"featkd": UNTUNED} | {method: [chosen[method]] for method in list(CANDIDATES)[1:]}
+    settings = one_setting_each(lines)
     runs = []
     for seed in MAIN_SEEDS:
         plain = plain_run("fcos", seed, PICTURES, PICTURE_STEPS)

@@ -181,10 +181,8 @@ def fused_mask(
 ) -> Tensor:
     """The mask of checked maps."""
     dtype = compute_dtype(student_attention, teacher_attention)
-    # A smaller one would be 0 there, and torch takes no large integers.
-    temperature = max(float(temperature), torch.finfo(dtype).tiny)
-    # Each map less its largest element: no overflow, and what they have in common rounds away
-    # nothing of their sum.
+    temperature = max(float(temperature), torch.finfo(dtype).tiny)  # 0 there; no large integers
+    # Less its largest element each: no overflow, and what they share rounds away nothing of the sum.
     flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))
     student_logits, teacher_logits = (x - x.detach().amax(1, keepdim=True) for x in flat)
     if fusion == "logits":
@@ -197,9 +195,8 @@ def fused_mask(
 
 def _softmax_of_mean_1(logits: Tensor) -> Tensor:
     """`n softmax(logits)` over n; `mean` adds by pairs, torch's softmax one by one in float32."""
-    n = logits.shape[1]
-    if takes_closed_form() and n <= FEW:  # the compiler would make a program for each of the cases
-        return logits.softmax(1) * n
+    if takes_closed_form() and logits.shape[1] <= FEW:  # compiled, it would be two programs
+        return logits.softmax(1) * logits.shape[1]
     weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
     return weights / weights.mean(1, keepdim=True)
 
