@@ -182,7 +182,7 @@ def fused_mask(
     """The mask of checked maps."""
     dtype = compute_dtype(student_attention, teacher_attention)
     temperature = max(float(temperature), torch.finfo(dtype).tiny)  # 0 there; no large integers
-    # Less its largest element each: no overflow, and what they share rounds away nothing of the sum.
+    # Less its largest element each: no overflow, and what they share rounds off none of the sum.
     flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))
     student_logits, teacher_logits = (x - x.detach().amax(1, keepdim=True) for x in flat)
     if fusion == "logits":
