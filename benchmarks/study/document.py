@@ -48,7 +48,7 @@ def write(file: Path) -> None:
         unfinished = f" {left} of its runs are not there yet." if left else ""
         parts.append(f"## {name}\n\n`python -m benchmarks.study run {name}`{unfinished}")
         parts.append(report(found))
-        if name in ("sensitivity", "choices", "teacher_relation", "scale_free"):
+        if name in ("sensitivity", "choices", "teacher_relation", "scale_free", "schedules"):
             parts.append(against_first(found))
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]

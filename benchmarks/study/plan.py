@@ -12,6 +12,7 @@ from benchmarks.study.settings import (
     ABLATION,
     AT_FPN,
     ATTENTION,
+    BY_GRADIENT,
     CANDIDATES,
     CHOICES,
     FPN,
@@ -23,6 +24,7 @@ from benchmarks.study.settings import (
     PRESETS_AT_STAGES,
     RELATIONS,
     SCALE_FREE,
+    SCHEDULES,
     SENSITIVITY,
     STANDARDIZED,
     STEADINESS,
@@ -178,6 +180,16 @@ def steadiness_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
+def by_gradient_runs(lines: Iterable[Line]) -> list[Run]:
+    """Weights tuned for each detector, and those that the gradients say."""
+    runs = []
+    for seed in MAIN_SEEDS[:2]:
+        for detector in TUNED_ON:
+            plain = plain_run(detector, seed, SPARSE)
+            runs += [plain, *distilled(plain, {"featkd": BY_GRADIENT}, SPARSE_TEACHERS)]
+    return runs
+
+
 def finished(table: str, runs: list[Run], lines: Iterable[Line]) -> list[Line]:
     missing = pending(runs, lines)
     if missing:
@@ -239,6 +251,8 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "plateau": plateau_runs,
     "steadiness": steadiness_runs,
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
+    "schedules": secondary_runs(SCHEDULES, SPARSE_TEACHERS, data=SPARSE),
+    "by_gradient": by_gradient_runs,
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
     "quick": quick_runs,
 }

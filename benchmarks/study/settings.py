@@ -191,6 +191,24 @@ SCALE_FREE = [
         for temperature in (2.0, 8.0)
     ),
 ]
+# The default under the schedules of later recipes, and with its levels weighed by their positions.
+SCHEDULES = [
+    STANDARDIZED | FPN,
+    *(STANDARDIZED | FPN | {"schedule": name} for name in ("decay", "cosine", "early end")),
+    STANDARDIZED | FPN | {"levels": "positions"},
+]
+# The printed form's weights, tuned for each detector and from the gradients of one batch.
+BY_GRADIENT = [
+    *(
+        settings_of(
+            featkd.FPN_OUTPUTS,
+            **{name: factor * getattr(featkd.FPN_OUTPUTS, name) for name in TERMS},
+        )
+        | FPN
+        for factor in (1 / 64, 1 / 16, 1 / 4, 1)
+    ),
+    *(FPN_OUTPUTS | {"ratio": ratio} for ratio in (1.0, 4.0)),
+]
 TEACHER_RELATION = [
     *(
         with_terms(TWO_STAGE, "gamma", teacher_relation=of_teacher, residual=residual) | FPN

@@ -15,6 +15,8 @@ from benchmarks.study.distiller import new_distiller
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
 from benchmarks.study.remembered import remembered
 from benchmarks.study.runs import BOARDS, FOLDERS, PASTED, Line, Run, teacher_of
+from benchmarks.study.variants import calibrate
+from examples.detection.batches import collate, to_device
 from examples.detection.checkpoints import write_atomically
 from examples.detection.data import AREA_SCALES, KINDS
 from examples.detection.deeppcb import DeepPCB
@@ -34,6 +36,8 @@ COUNTS = dict.fromkeys(KINDS, len(Scenes.classes)) | {
 Folders = Mapping[str, Path | None]
 # By level RetinaNet's and Faster R-CNN's own anchors; FCOS, which has none, gets the same.
 ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
+
+BATCH = 8
 
 # A worker draws the scenes of a seed once, and the held-out ones: runs go seed by seed.
 scenes = lru_cache(maxsize=3)(Scenes)
@@ -75,7 +79,12 @@ def new_model(
         data, seed = training_data(run, pictures), None if run.data.name in FOLDERS else run.seed
         name = teacher_of(run).name
         remember = partial(remembered, data=data, seed=seed, folder=folder, name=name)
-    return new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
+    distiller = new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
+    if "ratio" in run.hyperparameters:
+        data = training_data(run, pictures)
+        batch = to_device(collate([data[i] for i in range(BATCH)]), device)
+        calibrate(distiller.to(device), batch, run.hyperparameters["ratio"])
+    return distiller
 
 
 def training_data(run: Run, pictures: Folders | None = None) -> Dataset[Any]:
@@ -123,7 +132,7 @@ def perform(run: Run, folder: Path, device_type: str, pictures: Folders | None =
 
 def line_of(run: Run, folder: Path, device: torch.device, pictures: Folders | None) -> Line:
     settings = Settings(
-        batch_size=8,
+        batch_size=BATCH,
         learning_rate=3e-3,
         seed=run.seed,
         device=device,

@@ -7,11 +7,16 @@
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
-  `schedule="decay"`: it falls to 0 over all of them, as a cosine.
+  `schedule="decay"`: it falls to 0 over all of them, as a cosine; `"cosine"`: to a tenth.
+  `schedule="early end"`: it is 0 for the last tenth.
+- `levels="positions"`: a level counts as its share of all levels' positions, in place of equally.
+- `ratio=1.0`: the weights are those at which, before the first step, the terms' gradients come to
+  this share of the detector's, each term's being equal; those of the setting say which terms.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -20,14 +25,14 @@ from torch import Tensor, nn
 
 import featkd
 
-NAMES = ("taps", "masks", "relation", "unit", "schedule")
+NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio")
 Channels = Mapping[str, int]
 Features = Mapping[str, Tensor]
 Losses = dict[str, Tensor]
 Masks = tuple[Tensor, Tensor]
 
 
-def split(settings: Mapping[str, Any]) -> tuple[featkd.Hyperparameters, dict[str, str]]:
+def split(settings: Mapping[str, Any]) -> tuple[featkd.Hyperparameters, dict[str, Any]]:
     """The library's hyperparameters, and the variants."""
     variants = {name: value for name, value in settings.items() if name in NAMES}
     others = {name: value for name, value in settings.items() if name not in NAMES}
@@ -38,7 +43,9 @@ def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: An
     """The overall loss with its variants; `taps` is the caller's affair."""
     hyperparameters, variants = split(settings)
     if variants.get("unit") == "element":
-        loss: nn.Module = PerElement(student, teacher, hyperparameters)
+        loss: nn.Module = ByLevel(student, teacher, hyperparameters, over_root_of_elements)
+    elif variants.get("levels") == "positions":
+        loss = ByLevel(student, teacher, hyperparameters, by_positions)
     else:
         loss = featkd.FeatureDistillationLoss(student, teacher, hyperparameters=hyperparameters)
     for module in loss.modules():
@@ -117,13 +124,18 @@ def tie_relation(loss: featkd.NonLocalLoss) -> None:
     loss.adapter = nn.Identity()
 
 
-class PerElement(nn.Module):
-    """Every term of a level over the root of its C_T H W."""
+class ByLevel(nn.Module):
+    """The sum of the levels' losses, each times its `factor(teacher_features, level)`."""
 
     def __init__(
-        self, student: Channels, teacher: Channels, hyperparameters: featkd.Hyperparameters
+        self,
+        student: Channels,
+        teacher: Channels,
+        hyperparameters: featkd.Hyperparameters,
+        factor: Callable[[Features, str], float],
     ) -> None:
         super().__init__()
+        self.factor = factor
         self.levels = nn.ModuleDict(
             {
                 level: featkd.FeatureDistillationLoss(
@@ -136,10 +148,34 @@ class PerElement(nn.Module):
     def forward(self, student: Features, teacher: Features) -> Losses:
         total: Losses = {}
         for level, loss in self.levels.items():
+            factor = self.factor(teacher, level)
             for name, value in loss(student[level], teacher[level]).items():
-                share = value / math.sqrt(teacher[level][0].numel())
-                total[name] = total.get(name, 0) + share
+                total[name] = total.get(name, 0) + factor * value
         return total
+
+
+def over_root_of_elements(features: Features, level: str) -> float:
+    """Of its C_T H W."""
+    return 1 / math.sqrt(features[level][0].numel())
+
+
+def by_positions(features: Features, level: str) -> float:
+    """1 on the mean over levels."""
+    counts = {name: each.shape[-2:].numel() for name, each in features.items()}
+    return len(counts) * counts[level] / sum(counts.values())
+
+
+def cosine(place: Tensor) -> Tensor:
+    return (1 + torch.cos(math.pi * place)) / 2
+
+
+# From the place in training, 0 to 1, to a factor.
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "warm-up": lambda place: (place / 0.2).clamp(max=1),
+    "decay": cosine,
+    "cosine": lambda place: 0.1 + 0.9 * cosine(place),
+    "early end": lambda place: (place < 0.9).float(),
+}
 
 
 class Scheduled(nn.Module):
@@ -156,8 +192,24 @@ class Scheduled(nn.Module):
         place = self.done / self.steps
         if self.training:
             self.done += 1
-        if self.schedule == "warm-up":
-            factor = (place / 0.2).clamp(max=1)
-        else:
-            factor = (1 + torch.cos(math.pi * place)) / 2
+        factor = SCHEDULES[self.schedule](place)
         return {name: factor * value for name, value in self.loss(student, teacher).items()}
+
+
+WEIGHTS = {
+    "alpha": "loss_attention_transfer",
+    "beta": "loss_attention_masked",
+    "gamma": "loss_non_local",
+}
+
+
+def calibrate(distiller: featkd.Distiller, batch: Sequence[Any], ratio: float) -> None:
+    """In place, from the gradients of one batch."""
+    shares = {term.name: term.gradient_ratio for term in distiller.train().report(*batch).terms}
+    settings = distiller.loss.hyperparameters
+    active = {weight: name for weight, name in WEIGHTS.items() if getattr(settings, weight)}
+    changes = {
+        weight: getattr(settings, weight) * ratio / len(active) / shares[name]
+        for weight, name in active.items()
+    }
+    distiller.loss.hyperparameters = replace(settings, **changes)

@@ -8,7 +8,7 @@ import torch
 
 import featkd
 from benchmarks.study.settings import settings_of
-from benchmarks.study.variants import featkd_loss, standard
+from benchmarks.study.variants import WEIGHTS, calibrate, featkd_loss, standard
 
 CHANNELS = {"c3": 3}, {"c3": 5}
 NORMALIZED = settings_of(featkd.NORMALIZED)
@@ -77,7 +77,7 @@ def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
 def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
     plain = masked()(*features())["loss_attention_masked"].item()
     factors = {}
-    for schedule in ("warm-up", "decay"):
+    for schedule in ("warm-up", "decay", "cosine", "early end"):
         loss = masked(schedule=schedule)
         steps = []
         for _ in range(10):
@@ -91,6 +91,45 @@ def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
     assert factors["decay"][0] == pytest.approx(1)
     assert factors["decay"][5] == pytest.approx(0.5)
     assert factors["decay"] == sorted(factors["decay"], reverse=True)
+    assert factors["cosine"] == pytest.approx([0.1 + 0.9 * factor for factor in factors["decay"]])
+    assert factors["early end"] == pytest.approx([1] * 9 + [0], abs=1e-6)
+
+
+def test_a_level_counts_as_its_share_of_the_positions() -> None:
+    channels = {"c3": 3, "c4": 3}
+    settings = NORMALIZED | {"levels": "positions"}
+    loss = featkd_loss(channels, channels, 10, **settings)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {
+            "c3": torch.randn(2, 3, 4, 6, generator=generator),
+            "c4": torch.randn(2, 3, 2, 3, generator=generator),
+        }
+        for _ in range(2)
+    )
+    fine, coarse = (
+        loss.levels[level](student[level], teacher[level])["loss_attention_masked"]
+        for level in channels
+    )
+    found = loss(student, teacher)["loss_attention_masked"]
+    torch.testing.assert_close(found, 1.6 * fine + 0.4 * coarse)
+
+
+def test_weights_by_gradient_give_each_term_its_share_of_the_detector_s() -> None:
+    torch.manual_seed(0)
+    student, teacher = (torch.nn.Conv2d(3, channels, 3) for channels in (4, 6))
+    loss = featkd.FeatureDistillationLoss({"c": 4}, {"c": 6}, hyperparameters=featkd.ONE_STAGE)
+
+    def scalar(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        return model(image).square().mean()
+
+    distiller = featkd.Distiller(
+        student, teacher, loss, {"c": ""}, student_forward=scalar, teacher_forward=scalar
+    )
+    batch = [torch.randn(2, 3, 12, 12)]
+    calibrate(distiller, batch, 1.5)
+    shares = {term.name: term.gradient_ratio for term in distiller.report(*batch).terms}
+    assert shares == pytest.approx(dict.fromkeys(WEIGHTS.values(), 0.5), rel=1e-4)
 
 
 def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
