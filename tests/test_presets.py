@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,28 @@ def test_presets(name, weights, temperature, settings):
     assert (preset.alpha, preset.beta, preset.gamma) == pytest.approx(weights, rel=1e-12)
     assert preset.temperature == temperature
     assert {key: getattr(preset, key) for key in settings} == settings
+
+
+def test_the_guide_s_table_has_their_numbers():
+    page = Path(__file__).parents[1] / "docs" / "presets.md"
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \| ([^|]+) \|", page.read_text(), re.MULTILINE
+    )
+    said = {name: (*map(float, weights), temperature) for name, *weights, temperature in rows}
+    presets = {
+        name: value
+        for name, value in vars(featkd).items()
+        if isinstance(value, featkd.Hyperparameters)
+    }
+    assert said == {
+        name: (
+            preset.alpha,
+            preset.beta,
+            preset.gamma,
+            "no masks" if preset.temperature is None else f"{preset.temperature:g}",
+        )
+        for name, preset in presets.items()
+    }
 
 
 def test_hyperparameters_are_frozen_and_can_be_replaced():

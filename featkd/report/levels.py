@@ -98,6 +98,17 @@ def without_level(levels: Sequence[LevelReport], loss: nn.Module) -> Iterator[st
         yield f"the loss trains {rest:,} parameters whose names tell no level."
 
 
+def far_strides(levels: Sequence[LevelReport]) -> Iterator[str]:
+    """A ViT's 14 beside 16 is by design; a factor of 2 is another level."""
+    for level in levels:
+        ours, theirs = level.student_stride, level.teacher_stride
+        if ours is not None and theirs is not None and max(ours, theirs) >= 1.5 * min(ours, theirs):
+            yield (
+                f"level {level.name!r} pairs a student's stride of {ours:g} with a teacher's of "
+                f"{theirs:g}: take layers of one stride, as `match_layers` does."
+            )
+
+
 def level_table(levels: Sequence[LevelReport]) -> str:
     rows = [("level", "model", "path", "shape", "stride", "rms", "channels", "adapters")]
     for level in levels:

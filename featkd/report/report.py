@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._table import table
 from .detector_loss import detector_loss
-from .levels import LevelReport, Step, level_reports, level_table, without_level
+from .levels import LevelReport, Step, far_strides, level_reports, level_table, without_level
 from .magnitudes import faults, magnitudes
 
 LOGGER = logging.getLogger("featkd")
@@ -87,8 +87,8 @@ def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: obje
     total = term("distillation", whole, _norm(gradients))
     found = magnitudes(step.student, step.teacher)
     levels = level_reports(step, loss, found)
-    notes = [_aim(total, norm), *left_out, *without_level(levels, loss), *faults(found)]
-    notes += [*_not_finite(losses), *_without_effect(terms)]
+    notes = [_aim(total, norm), *left_out, *without_level(levels, loss)]
+    notes += [*far_strides(levels), *faults(found), *_not_finite(losses), *_without_effect(terms)]
     own = None if detector is None or norm is None else term("detector", detector, norm)
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 

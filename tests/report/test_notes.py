@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from featkd import Distiller
+from featkd import Distiller, FeatureDistillationLoss
 from featkd.report.magnitudes import magnitudes
 from tests.helpers.models import LEVELS, Net, distillation_loss, images, raises
 from tests.helpers.reported import MASKED, Ratio, Student, Summed, Term, make
@@ -62,6 +62,30 @@ def test_the_weights_are_judged_by_the_gradient_and_not_by_the_size_of_the_loss(
     assert said in note
     assert "Aim at 1 to 4; it falls while the student trains." in note
     assert note.endswith(advice or "the student trains.")
+
+
+@pytest.mark.parametrize(
+    ("strides", "notes"),
+    [
+        (
+            (8, 16),
+            [
+                "Level 'c1' pairs a student's stride of 8 with a teacher's of 16: take layers of "
+                "one stride, as `match_layers` does."
+            ],
+        ),
+        ((14, 16), []),
+        ((16, 16), []),
+    ],
+)
+def test_a_pair_of_two_levels_is_noted_which_a_resize_would_bridge(strides, notes):
+    ours, theirs = (
+        nn.Conv2d(3, channels, stride, stride)
+        for channels, stride in zip((4, 6), strides, strict=True)
+    )
+    loss = FeatureDistillationLoss({"c1": 4}, {"c1": 6}, resize="bilinear")
+    report = Distiller(ours, theirs, loss, {"c1": ""}).report(torch.randn(2, 3, 112, 112))
+    assert [note for note in report.notes if "stride" in note] == notes
 
 
 def weights_times(factor):
