@@ -25,12 +25,15 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(loss):
+def counted(loss, levels=()):
     """Operations forward and backward of a loss of a student's and a teacher's features."""
     loss.zero_grad()
     student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    if levels:
+        student, teacher = dict.fromkeys(levels, student), dict.fromkeys(levels, teacher)
     with Operations() as forward:
         value = loss(student, teacher)
+        value = sum(value.values()) if isinstance(value, dict) else value
     with Operations() as backward:
         value.backward()
     return forward.count, backward.count
@@ -107,6 +110,42 @@ def test_a_term_takes_no_more_operations_than_its_plain_formula(term):
     assert sum(counted(loss)) <= sum(counted(Plain(formula))) + MORE.get(term, 0)
 
 
+class PlainPyramid(nn.Module):
+    def __init__(self, formulas) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict(
+            {level: nn.ModuleList(map(Plain, formulas)) for level in PYRAMID}
+        )
+
+    def forward(self, student, teacher) -> Tensor:
+        terms = ((level, term) for level, terms in self.levels.items() for term in terms)
+        return sum(term(student[level], teacher[level]) for level, term in terms)
+
+
+PYRAMID = ("p3", "p4", "p5", "p6", "p7")
+WHOLE = {
+    name: (
+        featkd.FeatureDistillationLoss(
+            *(dict.fromkeys(PYRAMID, CHANNELS) for _ in range(2)), getattr(featkd, name)
+        ),
+        PlainPyramid(formulas),
+    )
+    for name, formulas in {
+        "STANDARDIZED": [standardized],
+        "FPN_OUTPUTS": [transfer, masked, non_local],
+    }.items()
+}
+
+
+@pytest.mark.parametrize("preset", WHOLE)
+def test_five_levels_take_fewer_operations_than_the_plain_formulas(preset):
+    loss, formulas = WHOLE[preset]
+    assert sum(counted(loss, PYRAMID)) < sum(counted(formulas, PYRAMID))
+
+
 if __name__ == "__main__":
     for name, (loss, formula) in TERMS.items():
         print(f"{name:20} featkd {counted(loss)}  plain {counted(Plain(formula))}")
+    for name, (loss, formulas) in WHOLE.items():
+        found, plain_count = counted(loss, PYRAMID), counted(formulas, PYRAMID)
+        print(f"{name:20} featkd {found}  plain {plain_count}, five levels")
