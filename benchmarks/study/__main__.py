@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.study import attention, document, errors
+from benchmarks.study import attention, document, errors, gradients
 from benchmarks.study.lines import LINES, read_lines
 from benchmarks.study.plan import TABLES
 from benchmarks.study.runs import FOLDERS
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--lines", type=Path, default=LINES, help="the results' file")
     errors.add_command(commands)
     attention.add_command(commands)
+    gradients.add_command(commands)
     options = parser.parse_args(arguments)
     options.command(options)
 

@@ -130,8 +130,8 @@ def perform(run: Run, folder: Path, device_type: str, pictures: Folders | None =
         return line_of(run, folder, torch.device(device_type), pictures)
 
 
-def line_of(run: Run, folder: Path, device: torch.device, pictures: Folders | None) -> Line:
-    settings = Settings(
+def settings_for(run: Run, device: torch.device) -> Settings:
+    return Settings(
         batch_size=BATCH,
         learning_rate=3e-3,
         seed=run.seed,
@@ -142,6 +142,10 @@ def line_of(run: Run, folder: Path, device: torch.device, pictures: Folders | No
         evaluations=0,
         area_scale=AREA_SCALES[run.data.name],
     )
+
+
+def line_of(run: Run, folder: Path, device: torch.device, pictures: Folders | None) -> Line:
+    settings = settings_for(run, device)
     model = new_model(run, folder, device, pictures)
     data, held_out = training_data(run, pictures), held_out_data(run, pictures)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
