@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .._table import table, times
-from ..losses.overall import _module_name
+from ..losses.overall import FeatureDistillationLoss, _module_name
 from ..taps.trace import Shape, maps_in, stride_of
 from .magnitudes import Magnitude
 
@@ -106,6 +107,19 @@ def far_strides(levels: Sequence[LevelReport]) -> Iterator[str]:
             yield (
                 f"level {level.name!r} pairs a student's stride of {ours:g} with a teacher's of "
                 f"{theirs:g}: take layers of one stride, as `match_layers` does."
+            )
+
+
+def without_a_shape(levels: Sequence[LevelReport], loss: nn.Module) -> Iterator[str]:
+    """Two values standardised are -1 and 1, whatever they were, and one is 0."""
+    if not isinstance(loss, FeatureDistillationLoss) or not loss.hyperparameters.standardize:
+        return
+    for level in levels:
+        positions = math.prod(level.teacher_shape[2:])
+        if positions <= 2:
+            yield (
+                f"level {level.name!r} has {positions} of the three positions that standardised "
+                "features need at least: it teaches nothing, leave it out."
             )
 
 

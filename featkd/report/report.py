@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from .._table import table
 from .detector_loss import detector_loss
-from .levels import LevelReport, Step, far_strides, level_reports, level_table, without_level
+from .levels import (
+    LevelReport,
+    Step,
+    far_strides,
+    level_reports,
+    level_table,
+    without_a_shape,
+    without_level,
+)
 from .magnitudes import faults, magnitudes
 
 LOGGER = logging.getLogger("featkd")
@@ -21,7 +29,7 @@ NO_DETECTOR_LOSS = (
     "The detector's loss is not known: the student returned none (torchvision's detectors return "
     "theirs in training mode alone: `distiller.train()`)."
 )
-AIM = "Aim at 1 to 4; it falls while the student trains."
+AIM = "Aim at 1 to 3 after some hundred steps; of an untrained student it says little."
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,13 @@ def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: obje
     total = term("distillation", whole, _norm(gradients))
     found = magnitudes(step.student, step.teacher)
     levels = level_reports(step, loss, found)
-    notes = [_aim(total, norm), *left_out, *without_level(levels, loss)]
-    notes += [*far_strides(levels), *faults(found), *_not_finite(losses), *_without_effect(terms)]
+    notes = [_aim(total, norm), *left_out, *without_level(levels, loss), *far_strides(levels)]
+    notes += [
+        *without_a_shape(levels, loss),
+        *faults(found),
+        *_not_finite(losses),
+        *_without_effect(terms),
+    ]
     own = None if detector is None or norm is None else term("detector", detector, norm)
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
@@ -120,7 +133,7 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
         return "the detector's loss has no gradient where the distillation's is: none to compare."
     text = f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
     if 0 < ratio < math.inf and not 0.5 <= ratio <= 4:
-        text += f" Multiply the weights by {2 / ratio:.2g}."
+        text += f" If it stays so, multiply the weights by {2 / ratio:.2g}."
     return text
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from featkd import Distiller, FeatureDistillationLoss
+from featkd import NORMALIZED, STANDARDIZED, Distiller, FeatureDistillationLoss
 from featkd.report.magnitudes import magnitudes
+from featkd.report.report import AIM
 from tests.helpers.models import LEVELS, Net, distillation_loss, images, raises
 from tests.helpers.reported import MASKED, Ratio, Student, Summed, Term, make
 
@@ -43,11 +44,11 @@ def test_the_note_counts_what_is_left_out():
 
 
 RATIOS = [
-    (0.0044, "is 0.0044 times", " Multiply the weights by 4.5e+02."),
-    (0.49, "is 0.49 times", " Multiply the weights by 4.1."),
+    (0.0044, "is 0.0044 times", " If it stays so, multiply the weights by 4.5e+02."),
+    (0.49, "is 0.49 times", " If it stays so, multiply the weights by 4.1."),
     (0.5, "is 0.5 times", ""),
     (4.0, "is 4 times", ""),
-    (4.1, "is 4.1 times", " Multiply the weights by 0.49."),
+    (4.1, "is 4.1 times", " If it stays so, multiply the weights by 0.49."),
 ]
 
 
@@ -60,8 +61,8 @@ def test_the_weights_are_judged_by_the_gradient_and_not_by_the_size_of_the_loss(
     assert report.distillation.gradient_ratio == pytest.approx(ratio)
     (note,) = report.notes
     assert said in note
-    assert "Aim at 1 to 4; it falls while the student trains." in note
-    assert note.endswith(advice or "the student trains.")
+    assert AIM in note
+    assert note.endswith(advice or "says little.")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,18 @@ def test_a_pair_of_two_levels_is_noted_which_a_resize_would_bridge(strides, note
     loss = FeatureDistillationLoss({"c1": 4}, {"c1": 6}, resize="bilinear")
     report = Distiller(ours, theirs, loss, {"c1": ""}).report(torch.randn(2, 3, 112, 112))
     assert [note for note in report.notes if "stride" in note] == notes
+
+
+@pytest.mark.parametrize(("size", "positions"), [((1, 1), 1), ((1, 2), 2), ((1, 3), 3)])
+def test_a_level_that_standardised_teaches_nothing_is_noted(size, positions):
+    ours, theirs = nn.Conv2d(3, 4, 8, 8).double(), nn.Conv2d(3, 6, 8, 8).double()
+    image = torch.randn(2, 3, 8 * size[0], 8 * size[1], dtype=torch.float64)
+    for preset in (STANDARDIZED, NORMALIZED):
+        loss = FeatureDistillationLoss({"p7": 4}, {"p7": 6}, preset).double()
+        report = Distiller(ours, theirs, loss, {"p7": ""}).report(image)
+        said = [note for note in report.notes if note.startswith("Level 'p7' has")]
+        assert bool(said) == (positions < 3 and preset is STANDARDIZED)
+        assert (report.distillation.gradient_norm < 1e-6) == bool(said)
 
 
 def weights_times(factor):
