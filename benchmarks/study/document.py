@@ -24,7 +24,7 @@ GAINS = {"main": "gains.png", "sparse": "gains_sparse.png", "pictures": "gains_p
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
-    ("sparse", "fcos"): "sparse scenes, FCOS, one setting each",
+    ("sparse", "mean"): "sparse scenes, three detectors, one setting each",
     ("pictures", "fcos"): "photographs (DeepPCB), FCOS",
 }
 
