@@ -30,7 +30,7 @@ from benchmarks.study.plan import MAIN
 from benchmarks.study.runs import Teacher, plain_run, teacher_of
 from benchmarks.study.tables import table
 from benchmarks.study.train import scenes, trained
-from benchmarks.study.variants import centred
+from benchmarks.study.variants import centred, inside
 from examples.detection.batches import collate, to_device
 from examples.detection.detectors import fpn_outputs, levels_of
 
@@ -40,14 +40,6 @@ MAPS = {
     "centred": lambda features: featkd.spatial_attention(centred(features)),
 }
 COLUMNS = (*MAPS, "rms")
-
-
-def inside(boxes: Tensor, image_size: int, height: int, width: int) -> Tensor:
-    """`(height, width)`: whether a position's centre lies in a box."""
-    y = (torch.arange(height) + 0.5)[:, None, None] * image_size / height
-    x = (torch.arange(width) + 0.5)[None, :, None] * image_size / width
-    left, top, right, bottom = boxes.unbind(1)
-    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(2)
 
 
 def auc(scores: Tensor, objects: Tensor) -> Tensor:
@@ -70,7 +62,7 @@ def measured(
             for layer, features in tap.pop().items():
                 squares = found.setdefault(layer, {}).setdefault("rms", [])
                 squares += features.square().mean(dim=(1, 2, 3))
-                size = images[0].shape[-1]
+                size = tuple(images[0].shape[-2:])
                 sorts = [inside(each["boxes"], size, *features.shape[2:]) for each in targets]
                 for name, attention in MAPS.items():
                     values = found[layer].setdefault(name, [])

@@ -26,7 +26,7 @@ def new_distiller(
     `remember(teacher, paths)` gives the teacher's features of the run's scenes.
     """
     loss = new_loss(run, channels, anchor_sizes)
-    if run.method == "fgfi":
+    if run.method == "fgfi" or run.hyperparameters.get("masks") == "boxes":
         loss.watch(student)
     if run.method == "overhaul":
         layers = {

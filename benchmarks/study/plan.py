@@ -29,6 +29,7 @@ from benchmarks.study.settings import (
     STANDARDIZED,
     STEADINESS,
     TEACHER_RELATION,
+    TRUE_BOXES,
     TWO_STAGE_AT_FPN,
     UNTUNED,
     settings_of,
@@ -180,13 +181,19 @@ def steadiness_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
-def by_gradient_runs(lines: Iterable[Line]) -> list[Run]:
-    """Weights tuned for each detector, and those that the gradients say."""
-    runs = []
-    for seed in MAIN_SEEDS[:2]:
-        for detector in TUNED_ON:
-            plain = plain_run(detector, seed, SPARSE)
-            runs += [plain, *distilled(plain, {"featkd": BY_GRADIENT}, SPARSE_TEACHERS)]
+def on_sparse_scenes(
+    settings: list[dict[str, Any]], seeds: Sequence[int]
+) -> Callable[[Iterable[Line]], list[Run]]:
+    """featkd at several settings, every detector."""
+
+    def runs(lines: Iterable[Line]) -> list[Run]:
+        result = []
+        for seed in seeds:
+            for detector in TUNED_ON:
+                plain = plain_run(detector, seed, SPARSE)
+                result += [plain, *distilled(plain, {"featkd": settings}, SPARSE_TEACHERS)]
+        return result
+
     return runs
 
 
@@ -252,7 +259,8 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "steadiness": steadiness_runs,
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
     "schedules": secondary_runs(SCHEDULES, SPARSE_TEACHERS, data=SPARSE),
-    "by_gradient": by_gradient_runs,
+    "by_gradient": on_sparse_scenes(BY_GRADIENT, MAIN_SEEDS[:2]),
+    "true_boxes": on_sparse_scenes(TRUE_BOXES, SECONDARY_SEEDS),
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
     "quick": quick_runs,
 }

@@ -197,6 +197,8 @@ SCHEDULES = [
     *(STANDARDIZED | FPN | {"schedule": name} for name in ("decay", "cosine", "early end")),
     STANDARDIZED | FPN | {"levels": "positions"},
 ]
+# What a perfect mask would bring.
+TRUE_BOXES = [STANDARDIZED | FPN, STANDARDIZED | FPN | {"masks": "boxes"}]
 # The printed form's weights, tuned for each detector and from the gradients of one batch.
 BY_GRADIENT = [
     *(

@@ -3,7 +3,8 @@
 - `taps="fpn"`: the FPN's outputs in place of the backbone's stages.
 - `masks="live"`: L_AM's gradient flows into the masks too. `masks="spread"`: the temperature counts
   in standard deviations of each attention map. `masks="centred"`: attention is the magnitude of
-  what a position's features differ by from the map's mean, channel by channel.
+  what a position's features differ by from the map's mean, channel by channel. `masks="boxes"`:
+  the positions in true boxes alone, for which the loss is to `watch` the student.
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
@@ -17,6 +18,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import featkd
+from benchmarks.study.methods.fine_grained_imitation import SeenBoxes
 
 NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio")
 Channels = Mapping[str, int]
@@ -48,9 +51,14 @@ def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: An
         loss = ByLevel(student, teacher, hyperparameters, by_positions)
     else:
         loss = featkd.FeatureDistillationLoss(student, teacher, hyperparameters=hyperparameters)
+    by_boxes = variants.get("masks") == "boxes"
+    if by_boxes:
+        seen = SeenBoxes()
+        loss.watch = lambda student: student.transform.register_forward_hook(seen)
     for module in loss.modules():
         if isinstance(module, featkd.AttentionMaskedLoss) and "masks" in variants:
-            module._masks = MethodType(MASKS[variants["masks"]], module)
+            masks = partial(box_masks, seen) if by_boxes else MASKS[variants["masks"]]
+            module._masks = MethodType(masks, module)
         if isinstance(module, featkd.NonLocalLoss) and "relation" in variants:
             tie_relation(module)
     if "schedule" in variants:
@@ -108,6 +116,28 @@ def centred_masks(
         mask(featkd.spatial_attention(student), featkd.spatial_attention(teacher)),
         mask(featkd.channel_attention(adapted), featkd.channel_attention(teacher)),
     )
+
+
+def inside(boxes: Tensor, image_size: tuple[int, int], height: int, width: int) -> Tensor:
+    """`(height, width)`: whether a position's centre lies in a box."""
+    y = (torch.arange(height, device=boxes.device) + 0.5)[:, None, None] * image_size[0] / height
+    x = (torch.arange(width, device=boxes.device) + 0.5)[None, :, None] * image_size[1] / width
+    left, top, right, bottom = boxes.unbind(1)
+    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(2)
+
+
+def box_masks(
+    seen: SeenBoxes,
+    loss: featkd.AttentionMaskedLoss,
+    student: Tensor,
+    adapted: Tensor,
+    teacher: Tensor,
+    maps: None,
+) -> tuple[Tensor, None]:
+    """`(B, H, W)` of mean 1 in each image, 0 where no centre lies in a box."""
+    size = teacher.shape[2:]
+    within = torch.stack([inside(boxes, seen.image_size, *size) for boxes in seen.boxes]).float()
+    return within / within.mean((1, 2), keepdim=True).clamp(min=1 / size.numel()), None
 
 
 def centred(features: Tensor) -> Tensor:

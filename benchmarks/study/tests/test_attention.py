@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from benchmarks.study import attention
 from benchmarks.study.__main__ import main
-from benchmarks.study.attention import DETECTORS, inside, measured
+from benchmarks.study.attention import DETECTORS, measured
 from benchmarks.study.plan import MAIN
 from benchmarks.study.runs import Teacher, plain_run, teacher_of
 from benchmarks.study.train import new_detector
+from benchmarks.study.variants import inside
 
 BOX = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
 
@@ -40,8 +41,8 @@ class Model(nn.Module):
 
 def test_a_position_is_inside_where_its_centre_is() -> None:
     # centres at 1 and 3 of 4 pixels: the box ends at x = 3, exclusive, and y = 2
-    assert inside(BOX, 4, 2, 2).tolist() == [[True, False], [False, False]]
-    assert not inside(BOX[:0], 4, 2, 2).any()
+    assert inside(BOX, (4, 4), 2, 2).tolist() == [[True, False], [False, False]]
+    assert not inside(BOX[:0], (4, 4), 2, 2).any()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models.detection.image_list import ImageList
 
 import featkd
 from benchmarks.study.settings import settings_of
@@ -61,6 +63,23 @@ def test_masks_of_centred_attention_do_not_see_what_all_positions_have() -> None
         masked(**settings).attention_masked["c3"] for settings in ({"masks": "centred"}, {})
     )
     torch.testing.assert_close(loss._masks(*shifted, None), plain._masks(*centred, None))
+
+
+def test_a_mask_of_true_boxes_takes_the_positions_inside_equally() -> None:
+    loss = featkd_loss(*CHANNELS, 10, **settings_of(featkd.STANDARDIZED), masks="boxes")
+    student = nn.Module()
+    student.transform = nn.Identity()
+    loss.watch(student)
+    pixels, box = torch.zeros(2, 3, 8, 12), torch.tensor([[2.0, 0.0, 6.0, 2.0]])
+    batch = ImageList(pixels, [(8, 12)] * 2), [{"boxes": box}, {"boxes": box[:0]}]
+    student.transform(batch)
+    ours, theirs = (side["c3"] for side in features())
+    (module,) = loss.attention_masked.values()
+    mask, channels = module._masks(ours, ours, theirs, None)
+    # Of 4 x 6 positions, 2 pixels apart: the first row's second and third.
+    assert mask[0].flatten().tolist() == [0, 12, 12] + [0] * 21
+    assert not mask[1].any()
+    assert channels is None
 
 
 def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
