@@ -209,7 +209,7 @@ BY_GRADIENT = [
         | FPN
         for factor in (1 / 64, 1 / 16, 1 / 4, 1)
     ),
-    *(FPN_OUTPUTS | {"ratio": ratio} for ratio in (1.0, 4.0)),
+    *(FPN_OUTPUTS | {name: ratio} for name in ("ratio", "total") for ratio in (1.0, 4.0)),
 ]
 TEACHER_RELATION = [
     *(

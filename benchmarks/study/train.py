@@ -80,10 +80,11 @@ def new_model(
         name = teacher_of(run).name
         remember = partial(remembered, data=data, seed=seed, folder=folder, name=name)
     distiller = new_distiller(run, student, teacher, layers, channels, anchor_sizes, remember)
-    if "ratio" in run.hyperparameters:
+    wanted = {name: run.hyperparameters.get(name) for name in ("ratio", "total")}
+    if any(wanted.values()):
         data = training_data(run, pictures)
         batch = to_device(collate([data[i] for i in range(BATCH)]), device)
-        calibrate(distiller.to(device), batch, run.hyperparameters["ratio"])
+        calibrate(distiller.to(device), batch, **wanted)
     return distiller
 
 

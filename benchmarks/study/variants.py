@@ -13,6 +13,7 @@
 - `levels="positions"`: a level counts as its share of all levels' positions, in place of equally.
 - `ratio=1.0`: the weights are those at which, before the first step, the terms' gradients come to
   this share of the detector's, each term's being equal; those of the setting say which terms.
+  `total=1.0`: the weights of the setting, all times what brings the whole gradient there.
 """
 
 import math
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import featkd
 from benchmarks.study.methods.fine_grained_imitation import SeenBoxes
 
-NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio")
+NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio", "total")
 Channels = Mapping[str, int]
 Features = Mapping[str, Tensor]
 Losses = dict[str, Tensor]
@@ -233,13 +234,19 @@ WEIGHTS = {
 }
 
 
-def calibrate(distiller: featkd.Distiller, batch: Sequence[Any], ratio: float) -> None:
-    """In place, from the gradients of one batch."""
-    shares = {term.name: term.gradient_ratio for term in distiller.train().report(*batch).terms}
-    settings = distiller.loss.hyperparameters
+def calibrate(
+    distiller: featkd.Distiller,
+    batch: Sequence[Any],
+    ratio: float | None = None,
+    total: float | None = None,
+) -> None:
+    """In place, from the gradients of one batch; one of both is given."""
+    report, settings = distiller.train().report(*batch), distiller.loss.hyperparameters
     active = {weight: name for weight, name in WEIGHTS.items() if getattr(settings, weight)}
-    changes = {
-        weight: getattr(settings, weight) * ratio / len(active) / shares[name]
-        for weight, name in active.items()
-    }
+    if total is not None:
+        factors = dict.fromkeys(active, total / report.distillation.gradient_ratio)
+    else:
+        shares = {term.name: term.gradient_ratio for term in report.terms}
+        factors = {weight: ratio / len(active) / shares[name] for weight, name in active.items()}
+    changes = {weight: getattr(settings, weight) * factor for weight, factor in factors.items()}
     distiller.loss.hyperparameters = replace(settings, **changes)

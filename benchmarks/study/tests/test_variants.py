@@ -146,9 +146,15 @@ def test_weights_by_gradient_give_each_term_its_share_of_the_detector_s() -> Non
         student, teacher, loss, {"c": ""}, student_forward=scalar, teacher_forward=scalar
     )
     batch = [torch.randn(2, 3, 12, 12)]
-    calibrate(distiller, batch, 1.5)
+    calibrate(distiller, batch, ratio=1.5)
     shares = {term.name: term.gradient_ratio for term in distiller.report(*batch).terms}
     assert shares == pytest.approx(dict.fromkeys(WEIGHTS.values(), 0.5), rel=1e-4)
+    before = loss.hyperparameters
+    calibrate(distiller, batch, total=3.0)
+    assert distiller.report(*batch).distillation.gradient_ratio == pytest.approx(3.0, rel=1e-4)
+    after = loss.hyperparameters
+    assert after.alpha / before.alpha == pytest.approx(after.beta / before.beta)
+    assert after.gamma / before.gamma == pytest.approx(after.beta / before.beta)
 
 
 def test_a_tied_relation_is_the_teacher_s_on_the_adapted_student() -> None:
