@@ -99,7 +99,8 @@ def require_feature_pair(
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a string, got {type(value).__name__}.")
+        found = type(value).__name__
+        raise TypeError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {found}.")
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 

@@ -89,7 +89,9 @@ class LayerMatch:
         found = {**self.pairs, **self.others}
         for level in levels:
             if not isinstance(level, str):
-                raise TypeError(f"`levels` must be strings, got {type(level).__name__}.")
+                raise TypeError(
+                    f"`levels` must be strings, each an argument, got {type(level).__name__}."
+                )
             if level not in found:
                 raise ValueError(f"`levels` must be among {list(found)}, got {level!r}.")
         if not levels or len(set(levels)) < len(levels):
@@ -171,7 +173,7 @@ def match_layers(
 
     Raises:
         TypeError: a model is no module.
-        ValueError: no module of a model puts out a feature map.
+        ValueError: a model does not run on the example, or no module of it puts out a feature map.
 
     Example:
         >>> import torch
@@ -210,7 +212,13 @@ def _tappable(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
-    root = trace(model, args, kwargs, ended)
+    try:
+        root = trace(model, args, kwargs, ended)
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must run on the example inputs, got {type(error).__name__}: {error}. Both "
+            "models get the same ones: name the layers yourself where they take others."
+        ) from error
     pixels = first_image(root)
     read_maps(ended, pixels)
     forward = Forward(root, ended, pixels)

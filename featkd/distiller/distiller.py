@@ -104,7 +104,7 @@ class Distiller(nn.Module):
         require_synchronised(student, loss)
         if not isinstance(layers, Mapping):
             found = type(layers).__name__
-            raise TypeError(f"`layers` must be a mapping from level to path, got {found}.")
+            raise TypeError(f"`layers` must be a mapping, as `match.layers` is, got {found}.")
         require_callable("convert_input", convert_input)
         require_callable("student_forward", student_forward)
         require_callable("teacher_forward", teacher_forward)
@@ -175,7 +175,7 @@ class Distiller(nn.Module):
         step = self._step(args, kwargs)
         if not torch.compiler.is_compiling() and not self._logged:
             self._logged = True
-            log_first_step(step, self.loss)
+            log_first_step(step, self.student, self.loss)
         return step.output, step.losses
 
     def report(
@@ -211,7 +211,8 @@ class Distiller(nn.Module):
             (2.0, 144)
         """
         with preserved(self, self.teacher), torch.enable_grad():
-            return make_report(self._step(args, kwargs), self.student, self.loss, optimizer)
+            step = self._step(args, kwargs)
+            return make_report(step, self.student, self.teacher, self.loss, optimizer)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         input_tap = nullcontext() if self._shared is None else self._shared.tap

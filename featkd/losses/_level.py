@@ -100,7 +100,8 @@ def admit(
             raise ValueError(
                 f"`{names[0]}` must have the height and width of `{names[1]}` "
                 f"{tuple(teacher.shape)}, got {tuple(student.shape)}: for other strides take the "
-                "loss's `resize`, for models that resize images the distiller's `shared_input`."
+                "loss's `resize` (\"bilinear\"), for models that resize images the distiller's "
+                "`shared_input`."
             )
         wide = student.to(compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)

@@ -29,7 +29,10 @@ NO_DETECTOR_LOSS = (
     "The detector's loss is not known: the student returned none (torchvision's detectors return "
     "theirs in training mode alone: `distiller.train()`)."
 )
-AIM = "Aim at 1 to 3 after some hundred steps; of an untrained student it says little."
+AIM = (
+    "Aim at 1 to 3 after some hundred steps and scale the weights then: of an untrained student "
+    "it says little."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Report:
         return "\n\n".join([level_table(self.levels), table(rows), *self.notes])
 
 
-def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: object) -> Report:
+def make_report(
+    step: Step, student: nn.Module, teacher: nn.Module, loss: nn.Module, optimizer: object
+) -> Report:
     """By one backward a term, one of their sum, and one of the detector's loss."""
     trained = {
         f"{name}.{key}": value
@@ -95,10 +100,13 @@ def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: obje
     total = term("distillation", whole, _norm(gradients))
     found = magnitudes(step.student, step.teacher)
     levels = level_reports(step, loss, found)
-    notes = [_aim(total, norm), *left_out, *without_level(levels, loss), *far_strides(levels)]
-    notes += [
+    notes = [
+        _aim(total, norm),
+        *left_out,
+        *without_level(levels, loss),
+        *far_strides(levels),
         *without_a_shape(levels, loss),
-        *faults(found),
+        *(list(faults(found)) or _same_weights(student, teacher)),
         *_not_finite(losses),
         *_without_effect(terms),
     ]
@@ -106,7 +114,7 @@ def make_report(step: Step, student: nn.Module, loss: nn.Module, optimizer: obje
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
 
-def log_first_step(step: Step, loss: nn.Module) -> None:
+def log_first_step(step: Step, student: nn.Module, loss: nn.Module) -> None:
     """Logs what a report would say and needs no backward: the levels, and what is wrong.
 
     Of several processes the first alone speaks.
@@ -119,6 +127,8 @@ def log_first_step(step: Step, loss: nn.Module) -> None:
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("Distilling\n%s", level_table(level_reports(step, loss, found)))
     texts = list(faults(found))
+    if not student.training:
+        texts.append("the student is in `eval` mode, the distiller trains: `distiller.train()`.")
     if all(magnitude.student is not None for magnitude in found.values()):
         texts += _not_finite(step.losses)
     for text in texts:
@@ -131,17 +141,23 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
     ratio = distillation.gradient_ratio
     if ratio is None:
         return "the detector's loss has no gradient where the distillation's is: none to compare."
-    text = f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
-    if 0 < ratio < math.inf and not 0.5 <= ratio <= 4:
-        text += f" If it stays so, multiply the weights by {2 / ratio:.2g}."
-    return text
+    return f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
+
+
+def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
+    """Batch normalisation in two modes makes other features of the same weights."""
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    if ours and ours.keys() == theirs.keys():
+        pairs = ((value, theirs[name].to(value)) for name, value in ours.items())
+        if all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            yield "the teacher's weights are the student's: it has nothing to teach."
 
 
 def _not_finite(losses: Mapping[str, Tensor]) -> Iterator[str]:
     for name, loss in losses.items():
         value = loss.sum().item()
         if not math.isfinite(value):
-            yield f"{name} is {value}: a step with it spoils every weight."
+            yield f"the term {name!r} is {value}: a step with it spoils every weight."
 
 
 def _without_effect(terms: Sequence[TermReport]) -> Iterator[str]:
@@ -149,7 +165,10 @@ def _without_effect(terms: Sequence[TermReport]) -> Iterator[str]:
         yield "the distillation loss is 0: nothing is distilled."
     for term in terms:
         if term.value and term.gradient_norm == 0:
-            yield f"{term.name} has no gradient to the student's parameters, which it cannot train."
+            yield (
+                f"the term {term.name!r} has no gradient to the student's parameters, which it "
+                "cannot train."
+            )
 
 
 def _left_out(trained: Mapping[str, nn.Parameter], optimizer: object) -> Iterator[str]:

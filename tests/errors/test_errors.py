@@ -71,8 +71,8 @@ RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
 NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
 CONVERT = partial(converts_by_side, levels=["c1"])
 OTHER_SIZE = (
-    "got (2, 3, 8, 8): for other strides take the loss's `resize`, for models that resize images "
-    "the distiller's `shared_input`."
+    'got (2, 3, 8, 8): for other strides take the loss\'s `resize` ("bilinear"), for models that '
+    "resize images the distiller's `shared_input`."
 )
 
 
@@ -119,7 +119,9 @@ TEXTS = {
     ),
     "`student` must have the batch, height and width of `teacher` (2, 7, 6, 5), "
     "got (2, 3, 4, 5).": lambda: transfer(torch.ones(2, 7, 6, 5), channel_adapter=len),
-    "`reduction` must be a string, got int.": lambda: transfer(reduction=1),
+    "`reduction` must be one of 'none', 'mean', 'sum', 'norm', 'mean_square', got int.": (
+        lambda: transfer(reduction=1)
+    ),
     "`reduction` must be one of 'none', 'mean', 'sum', 'norm', 'mean_square', got 'max'.": (
         lambda: transfer(reduction="max")
     ),
