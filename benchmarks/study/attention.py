@@ -96,7 +96,7 @@ def write_attention(options: argparse.Namespace) -> None:
     for detector in DETECTORS:
         run = teacher_of(replace(plain_run(detector, 0, MAIN), teacher=Teacher()))
         teacher = trained(run, options.output)
-        paths = [*levels_of(teacher), *fpn_outputs(teacher).values()]
+        paths = [*levels_of(teacher), *fpn_outputs(teacher)]
         found[detector] = measured(teacher, paths, data)
         for layer, values in found[detector].items():
             body.append((detector, layer, *(f"{values[name]:.2f}" for name in COLUMNS)))

@@ -43,6 +43,7 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
     if state == "finished":
         if rank == 0:
             print(f"the run in {folder.path} is finished: see its results.json")
+            export_again(options, folder)
         return
     data, held_out, classes = by_first_rank(lambda: load_data(options))
     models = new_models(options, len(classes))
@@ -82,6 +83,18 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
         write_report(options, folder, runs, models, layers, held_out, classes, device)
         for way in options.export or ():
             print(export(student, held_out, way, folder.path))
+
+
+def export_again(options: argparse.Namespace, folder: RunFolder) -> None:
+    """The student of a finished run, in the ways that are asked for now."""
+    if not options.export:
+        return
+    _, held_out, classes = load_data(options)
+    student = new_models(options, len(classes))["distilled"]
+    weights = folder.path / WEIGHTS["distilled"]
+    student.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    for way in options.export:
+        print(export(student, held_out, way, folder.path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

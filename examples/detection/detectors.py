@@ -102,9 +102,9 @@ def levels_of(model: nn.Module) -> list[str]:
     return [] if body is None else [f"backbone.body.{stage}" for stage in body.return_layers]
 
 
-def fpn_outputs(model: nn.Module) -> dict[str, str]:
+def fpn_outputs(model: nn.Module) -> list[str]:
     """The paths of what the FPN puts out for those stages."""
-    return {f"p{i}": f"backbone[{i}]" for i, _ in enumerate(levels_of(model))}
+    return [f"backbone[{i}]" for i, _ in enumerate(levels_of(model))]
 
 
 def tapped(
@@ -115,8 +115,10 @@ def tapped(
     `taps` is `"fpn"`, or `"stages"` for what enters the FPN. Levels of other models than a pair
     with one FPN are those that :func:`featkd.match_layers` finds; without an FPN, of stages.
     """
-    if taps == "fpn" and strides(student) == strides(teacher) != []:
-        paths = fpn_outputs(student)
+    if taps == "fpn" and (found := strides(student)) == strides(teacher) != []:
+        # By their strides, as `featkd.match_layers` names them: 8 is p3.
+        names = [f"p{stride.bit_length() - 1}" for stride in found]
+        paths = dict(zip(names, fpn_outputs(student), strict=True))
         channels = [dict.fromkeys(paths, each.backbone.out_channels) for each in (student, teacher)]
         return {level: (path, path) for level, path in paths.items()}, channels
     match = featkd.match_layers(student, teacher, [torch.zeros(3, size, size)])
@@ -124,10 +126,10 @@ def tapped(
         # Without an FPN those below stride 8 are none that a head takes.
         wanted = strides(student) or [8, 16, 32]
         pairs = {**match.pairs, **match.others}
-        found = [name for name, (ours, _) in pairs.items() if ours.stage and ours.stride in wanted]
-        if not found:
+        stages = [name for name, (ours, _) in pairs.items() if ours.stage and ours.stride in wanted]
+        if not stages:
             raise JobError("student and teacher must have a stage of one stride, got none to tap")
-        match = match.select(*found)
+        match = match.select(*stages)
     return match.layers, [match.student_channels, match.teacher_channels]
 
 

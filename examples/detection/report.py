@@ -24,6 +24,7 @@ from examples.detection.training import METRICS
 
 TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 TEMPERATURES = (0.5, 1.0, 4.0, 16.0)
+SURE = 0.4  # the score of what is drawn
 COLOURS = {"teacher": "tab:gray", "plain": "tab:blue", "distilled": "tab:orange"}
 
 
@@ -138,10 +139,10 @@ def plot_detections(
     device: torch.device,
     file: Path,
 ) -> None:
-    """The truth and both students' detections of at least 0.4, the best class of each place."""
+    """The truth and each model's detections of at least 0.4, the best class of each place."""
     found = {"truth": targets}
-    for name in ("plain", "distilled"):
-        results = models[name].eval()([image.to(device) for image in images])
+    for name, model in models.items():
+        results = model.eval()([image.to(device) for image in images])
         found[name] = [best_of_each_place(result) for result in results]
     size = (2.6 * len(images), 2.6 * len(found))
     figure, axes = plt.subplots(
@@ -151,6 +152,8 @@ def plot_detections(
         row[0].set_ylabel(name)
         for axis, image, result in zip(row, images, results, strict=True):
             show(axis, image)
+            if not len(result["boxes"]):
+                axis.set_xlabel("no object" if name == "truth" else f"no box of {SURE} or more")
             scores = [f" {score:.2f}" for score in result.get("scores", [])]
             texts = scores or [""] * len(result["labels"])
             for box, label, text in zip(result["boxes"], result["labels"], texts, strict=True):
@@ -160,7 +163,7 @@ def plot_detections(
 
 def best_of_each_place(result: dict[str, Tensor]) -> dict[str, Tensor]:
     """A detector's own suppression is by class: a place may hold a box of each."""
-    sure = {key: value[result["scores"] >= 0.4] for key, value in result.items()}
+    sure = {key: value[result["scores"] >= SURE] for key, value in result.items()}
     kept = nms(sure["boxes"], sure["scores"], 0.5)
     return {key: value[kept] for key, value in sure.items()}
 

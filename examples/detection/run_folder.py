@@ -40,7 +40,16 @@ WRITTEN = (
 # Options that name a file.
 GIVEN = ("teacher", "teacher_weights", "student_weights", "annotations", "val_annotations")
 # What may differ between an interrupted run and its resumption.
-FREE = {"resume", "overwrite", "quick", "workers", "checkpoint_every", "output", "dry_run"}
+FREE = {
+    "resume",
+    "overwrite",
+    "quick",
+    "workers",
+    "checkpoint_every",
+    "output",
+    "dry_run",
+    "export",
+}
 
 
 class RunFolder:

@@ -150,6 +150,10 @@ def test_a_finished_run_and_its_teacher_outlive_the_next_job(
     run(*again, "--resume")
     assert "is finished" in capsys.readouterr().out
     assert contents(folder) == before
+    run(*again, "--resume", "--export", "onnx")
+    assert f"{folder / 'student.onnx'}: takes " in capsys.readouterr().out
+    (folder / "student.onnx").unlink()
+    assert contents(folder) == before
 
     # A teacher that does not fit is found before the run is replaced.
     with pytest.raises(SystemExit, match="must fit --detector"):

@@ -70,13 +70,13 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("command", "strides"),
     [
-        ([*R18_FROM_R50, "--size", "96"], "p0 p1 p2"),
+        ([*R18_FROM_R50, "--size", "96"], "p3 p4 p5"),
         (["--student", "compact_regnet", "--teacher-model", "resnet18", "--size", "96"], "p3 p4"),
         (["--student", "compact_mobilenet", "--taps", "stages"], "c2 c3 c4"),
         (["--student", "ssdlite320_mobilenet_v3_large", "--teacher-model", "resnet18"], "c3 c4 c5"),
-        (["--data", "sparse"], "p0 p1 p2"),
-        (["--teacher-model", "efficientnet_lite0", "--detector", "retinanet"], "p0 p1 p2"),
-        (["--teacher-model", "efficientnet_lite0", "--detector", "faster_rcnn"], "p0 p1 p2"),
+        (["--data", "sparse"], "p2 p3 p4"),
+        (["--teacher-model", "efficientnet_lite0", "--detector", "retinanet"], "p2 p3 p4"),
+        (["--teacher-model", "efficientnet_lite0", "--detector", "faster_rcnn"], "p2 p3 p4"),
     ],
 )
 def test_levels_of_models_of_any_two_kinds_are_distilled(command: Any, strides: str) -> None:

@@ -60,7 +60,7 @@ def new_model(run: Run, classes: int, device: torch.device) -> nn.Module:
 
 def at_fpn(model: nn.Module) -> dict[str, str]:
     """The outputs of the strides of `LAYERS`; an R-CNN's FPN has a finer one."""
-    outputs = dict(zip(levels_of(model), fpn_outputs(model).values(), strict=True))
+    outputs = dict(zip(levels_of(model), fpn_outputs(model), strict=True))
     return {level: outputs[path] for level, path in LAYERS.items()}
 
 

@@ -57,7 +57,7 @@ def test_adapters_are_drawn_by_the_run_s_seed(folder: Path) -> None:
 def test_the_fpn_s_outputs_can_be_tapped(folder: Path) -> None:
     run = replace(DISTILLED, hyperparameters=settings_of(featkd.NORMALIZED) | {"taps": "fpn"})
     model = new_model(run, folder, CPU)
-    assert model.loss.channels == dict.fromkeys(("p0", "p1", "p2"), (32, 32))
+    assert model.loss.channels == dict.fromkeys(("p2", "p3", "p4"), (32, 32))
     settings = {"weight": 1.0, "taps": "fpn"}
     other = replace(run, method="fgfi", steps=1, hyperparameters=settings)
     assert perform(other, folder, "cpu")["hyperparameters"] == settings
