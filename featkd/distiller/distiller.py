@@ -184,7 +184,7 @@ class Distiller(nn.Module):
         """Runs one trial step and says what is tapped, how large it is, and what each term does.
 
         A term is judged by its gradient's norm over that of the detector's loss, on the student's
-        parameters that the distillation reaches: 1 to 3 is good. The detector's loss is known
+        parameters that the distillation reaches: 1 to 5 is good. The detector's loss is known
         where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
         scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
         gradient, buffer, mode or random number is changed. It takes one backward a term.

@@ -30,7 +30,7 @@ NO_DETECTOR_LOSS = (
     "theirs in training mode alone: `distiller.train()`)."
 )
 AIM = (
-    "Aim at 1 to 3 after some hundred steps and scale the weights then: of an untrained student "
+    "Aim at 1 to 5 after some hundred steps and scale the weights then: of an untrained student "
     "it says little."
 )
 
