@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._checks import require_number
 from .._table import table
-from ..losses.overall import FeatureDistillationLoss
-from ..presets import Hyperparameters
 from .detector_loss import detector_loss
 from .levels import (
     LevelReport,
@@ -62,34 +59,6 @@ class Report:
     """The student's own loss, where its output says it."""
     notes: tuple[str, ...] = ()
     """What is to be aimed at, and what is wrong."""
-    settings: Hyperparameters | None = None
-    """The loss's, where it is a :class:`featkd.FeatureDistillationLoss`."""
-
-    def hyperparameters(self, ratio: float = 1.0) -> Hyperparameters:
-        """The loss's, all weights times the factor that makes the gradient's ratio this one.
-
-        For the presets in the features' units, whose weights mean something else for every model.
-
-        Args:
-            ratio: of the distillation's gradient to the detector's, above 0.
-
-        Raises:
-            TypeError: `ratio` is no number.
-            ValueError: `ratio` is not finite and above 0, the loss has no hyperparameters, or one
-                of the gradients is not known, not finite or 0.
-        """
-        require_number("ratio", ratio, above=0)
-        found = self.distillation.gradient_ratio
-        if self.settings is None:
-            raise ValueError("`loss` must be a FeatureDistillationLoss to be scaled, got another.")
-        if not found or not math.isfinite(found):
-            raise ValueError(
-                "`loss` must have a finite gradient beside the detector's to be scaled, got the "
-                f"ratio {found}: see the report's notes."
-            )
-        weights = {name: getattr(self.settings, name) for name in ("alpha", "beta", "gamma")}
-        scaled = {name: value * ratio / found for name, value in weights.items()}
-        return replace(self.settings, **scaled)
 
     def __str__(self) -> str:
         rows = [("term", "value", "gradient", "gradient / detector's")]
@@ -142,9 +111,7 @@ def make_report(
         *_without_effect(terms),
     ]
     own = None if detector is None or norm is None else term("detector", detector, norm)
-    said = tuple(note[0].upper() + note[1:] for note in notes)
-    settings = loss.hyperparameters if isinstance(loss, FeatureDistillationLoss) else None
-    return Report(levels, terms, total, own, said, settings)
+    return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
 
 def log_first_step(step: Step, student: nn.Module, loss: nn.Module) -> None:

@@ -4,7 +4,7 @@ import copy
 import random
 import re
 from contextlib import nullcontext
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from featkd import ONE_STAGE, Distiller, FeatureDistillationLoss, FeatureTap
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap
 from featkd.report.detector_loss import detector_loss
 from featkd.report.preserve import preserved
 from tests.helpers.models import (
@@ -35,37 +35,6 @@ from tests.helpers.tensors import close
 def gradient_norm(value, model):
     found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
     return torch.cat([gradient.flatten() for gradient in found if gradient is not None]).norm()
-
-
-# --- the weights of a ratio -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", [0.25, 1, 4.0])
-def test_all_weights_are_scaled_by_one_factor_to_the_ratio_asked_for(ratio):
-    distiller = make(hyperparameters=ONE_STAGE)
-    found = distiller.report(images()).hyperparameters(ratio)
-    assert found.alpha / ONE_STAGE.alpha == pytest.approx(found.beta / ONE_STAGE.beta)
-    assert found == replace(
-        ONE_STAGE,
-        **{name: getattr(found, name) for name in ("alpha", "beta", "gamma")},
-    )
-    distiller.loss.hyperparameters = found
-    again = distiller.report(images()).distillation.gradient_ratio
-    assert again == pytest.approx(ratio, rel=1e-4)
-
-
-def test_a_loss_without_hyperparameters_is_not_scaled():
-    report = Distiller(Summed(4), Net(6), Ratio(1.0), {"c1": "backbone.c1"}).report(images())
-    with pytest.raises(ValueError, match="`loss` must be a FeatureDistillationLoss to be scaled"):
-        report.hyperparameters()
-
-
-def test_without_a_detector_s_loss_there_is_no_ratio_to_scale_to():
-    report = make(student=Net(4)).report(images())
-    with pytest.raises(ValueError, match=r"`loss` must have a finite .* got the ratio None"):
-        report.hyperparameters()
-    with pytest.raises(ValueError, match="`ratio` must be finite and above 0, got 0"):
-        make().report(images()).hyperparameters(0)
 
 
 # --- the figures ----------------------------------------------------------------------------------
