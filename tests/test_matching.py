@@ -163,7 +163,7 @@ def test_modes_state_hooks_and_gradients_are_left_as_they_were():
 
 def test_a_failing_model_is_left_as_it_was():
     student, teacher = Net(4).train(), Net(6).train()
-    with pytest.raises(ValueError, match="`student` must run .* got RuntimeError: .*channels"):
+    with pytest.raises(ValueError, match=r"`student` must run .* got RuntimeError: .*channels"):
         match_layers(student, teacher, PIXELS.double()[:, :2])
     assert all(module.training for module in student.modules())
     assert hook_count(student) == hook_count(teacher) == 0
