@@ -211,6 +211,12 @@ class FeatureDistillationLoss(nn.Module):
 
 def _level_names(channels: int | Mapping[str, int]) -> tuple[str, ...]:
     if not isinstance(channels, Mapping):
+        if not isinstance(channels, int):
+            found = type(channels).__name__
+            raise TypeError(
+                "`student_channels` must be an integer or a mapping from level to one, "
+                f"got {found}."
+            )
         return (SINGLE_LEVEL,)
     for level in channels:
         if not isinstance(level, str):

@@ -216,6 +216,9 @@ TEXTS = {
     "`teacher_channels` must be a mapping, as `student_channels` is, got int.": (
         lambda: OVERALL({"c1": 3}, 3)
     ),
+    "`student_channels` must be an integer or a mapping from level to one, got list.": (
+        lambda: OVERALL([8, 8], [8, 8])
+    ),
     "`student_channels` must have strings for level names, got int.": lambda: OVERALL({1: 3}, {}),
     "`student_channels` must have at least one level, none with a '/' or named like an attribute "
     "of nn.ModuleDict, got ['keys'].": lambda: OVERALL({"keys": 3}, {"keys": 3}),
