@@ -89,9 +89,11 @@ def export_again(options: argparse.Namespace, folder: RunFolder) -> None:
     """The student of a finished run, in the ways that are asked for now."""
     if not options.export:
         return
+    weights = folder.path / WEIGHTS["distilled"]
+    if not weights.exists():
+        raise JobError(f"--export wants {weights}, which is gone")
     _, held_out, classes = load_data(options)
     student = new_models(options, len(classes))["distilled"]
-    weights = folder.path / WEIGHTS["distilled"]
     student.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     for way in options.export:
         print(export(student, held_out, way, folder.path))

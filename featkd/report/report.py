@@ -147,10 +147,17 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
 def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
     """Batch normalisation in two modes makes other features of the same weights."""
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    if ours and ours.keys() == theirs.keys():
-        pairs = ((value, theirs[name].to(value)) for name, value in ours.items())
-        if all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-            yield "the teacher's weights are the student's: it has nothing to teach."
+    if ours.keys() != theirs.keys():
+        return
+    # An offloaded teacher's parameters are on the meta device between its calls.
+    same = [
+        value.shape == theirs[name].shape
+        and not theirs[name].is_meta
+        and torch.equal(value, theirs[name].to(value))
+        for name, value in ours.items()
+    ]
+    if same and all(same):
+        yield "the teacher's weights are the student's: it has nothing to teach."
 
 
 def _not_finite(losses: Mapping[str, Tensor]) -> Iterator[str]:

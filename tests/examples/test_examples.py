@@ -153,6 +153,10 @@ def test_a_finished_run_and_its_teacher_outlive_the_next_job(
     run(*again, "--resume", "--export", "onnx")
     assert f"{folder / 'student.onnx'}: takes " in capsys.readouterr().out
     (folder / "student.onnx").unlink()
+    (folder / "student.pt").rename(tmp_path / "student.pt")
+    with pytest.raises(SystemExit, match=r"--export wants .*, which is gone"):
+        run(*again, "--resume", "--export", "onnx")
+    (tmp_path / "student.pt").rename(folder / "student.pt")
     assert contents(folder) == before
 
     # A teacher that does not fit is found before the run is replaced.
