@@ -76,7 +76,12 @@ def step(
 
 
 def measure(
-    name: str, size: int, count: int, device: torch.device, teacher_dtype: torch.dtype
+    name: str,
+    size: int,
+    count: int,
+    rounds: int,
+    device: torch.device,
+    teacher_dtype: torch.dtype,
 ) -> Iterator[dict[str, Any]]:
     build = partial(
         getattr(detection, name),
@@ -120,7 +125,7 @@ def measure(
             ),
             "teacher, whole": whole_teacher,
         }
-        found = phases_in_turn(runs)
+        found = phases_in_turn(runs, rounds)
         plain = statistics.median(sum(phases.values()) for phases in found["plain step"])
         for part, phases in found.items():
             shown = {"": [sum(of.values()) for of in phases]}
@@ -144,7 +149,7 @@ def measure(
 
 
 def phases_in_turn(
-    runs: dict[str, Callable[[], dict[str, float]]], rounds: int = 5
+    runs: dict[str, Callable[[], dict[str, float]]], rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """Of each run, in turn, after one to warm up."""
     found: dict[str, list[dict[str, float]]] = {part: [] for part in runs}
@@ -163,9 +168,13 @@ def main() -> None:
     parser.add_argument("--bf16-teacher", action="store_true")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.bf16_teacher else torch.float32
-    size, count = (64, 1) if options.quick else (options.size, options.batch_size)
+    size, count, rounds = (64, 1, 1) if options.quick else (options.size, options.batch_size, 5)
     detectors = DETECTORS[:1] if options.quick else DETECTORS
-    rows = (row for name in detectors for row in measure(name, size, count, options.device, dtype))
+    rows = (
+        row
+        for name in detectors
+        for row in measure(name, size, count, rounds, options.device, dtype)
+    )
     columns = {"detector": "", "distilled": "", "part": "", "phase": "", "ms": ".1f"}
     columns |= {"of plain step": ".1%"}
     name = "training_step-bf16" if options.bf16_teacher else "training_step"
