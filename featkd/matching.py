@@ -89,9 +89,8 @@ class LayerMatch:
         found = {**self.pairs, **self.others}
         for level in levels:
             if not isinstance(level, str):
-                raise TypeError(
-                    f"`levels` must be strings, each an argument, got {type(level).__name__}."
-                )
+                kind = type(level).__name__
+                raise TypeError(f"`levels` must be strings, each an argument, got {kind}.")
             if level not in found:
                 raise ValueError(f"`levels` must be among {list(found)}, got {level!r}.")
         if not levels or len(set(levels)) < len(levels):
@@ -108,8 +107,7 @@ class LayerMatch:
         parts = [_pair_table(self.pairs) if self.pairs else "No layers of one stride."]
         if self.others:
             parts += ["`select` takes these as well:", _pair_table(self.others)]
-        parts += ["`print(match.all)` lists every layer that can be tapped."]
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, "`print(match.all)` lists every layer that can be tapped."])
 
 
 def _pair_table(pairs: Mapping[str, tuple[Layer, Layer]]) -> str:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import featkd
 from benchmarks.measure import provenance
 from benchmarks.study.lines import RESULTS
-from benchmarks.study.plan import MAIN, MAIN_SEEDS, SPARSE, SPARSE_TEACHERS, TUNED_ON
-from benchmarks.study.runs import Run, Teacher, distilled, plain_run
+from benchmarks.study.plan import MAIN_SEEDS, SCENES, TUNED_ON
+from benchmarks.study.runs import Run, distilled, plain_run
 from benchmarks.study.settings import FPN, STANDARDIZED
 from benchmarks.study.tables import table
 from benchmarks.study.train import new_model, settings_for, training_data
@@ -73,7 +73,7 @@ def add_command(commands: Any) -> None:
 
 def write_gradients(options: argparse.Namespace) -> None:
     found, body = [], []
-    for data, teachers in ((MAIN, [Teacher()]), (SPARSE, SPARSE_TEACHERS)):
+    for data, teachers in SCENES:
         for detector in TUNED_ON:
             plain = plain_run(detector, MAIN_SEEDS[0], data)
             (run,) = distilled(plain, {"featkd": [STANDARDIZED | FPN]}, teachers)

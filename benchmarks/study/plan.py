@@ -41,6 +41,9 @@ from examples.detection.lite0 import LITE0
 MAIN, TUNE = Data(2**32), Data(2**31)
 SPARSE = Data(2**32, "sparse")
 SPARSE_TEACHERS = [Teacher(steps=1180)]
+# Both kinds, with their teachers.
+Scenes = tuple[Data, list[Teacher]]
+SCENES: list[Scenes] = [(MAIN, [Teacher()]), (SPARSE, SPARSE_TEACHERS)]
 # All tiles of its two lists.
 PICTURES = Data(0, BOARDS, 4000, 2000)
 PICTURE_TEACHERS = [Teacher(steps=2000)]
@@ -170,28 +173,18 @@ def plateau_runs(lines: Iterable[Line]) -> list[Run]:
     return runs
 
 
-def steadiness_runs(lines: Iterable[Line]) -> list[Run]:
-    """The recommended preset at a quarter and at four times its weight, everywhere."""
-    runs = []
-    for seed in SECONDARY_SEEDS:
-        for detector in TUNED_ON:
-            for data, teachers in ((MAIN, [Teacher()]), (SPARSE, SPARSE_TEACHERS)):
-                plain = plain_run(detector, seed, data)
-                runs += [plain, *distilled(plain, {"featkd": STEADINESS}, teachers)]
-    return runs
-
-
-def on_sparse_scenes(
-    settings: list[dict[str, Any]], seeds: Sequence[int]
+def on_every_detector(
+    settings: list[dict[str, Any]], seeds: Sequence[int], scenes: Sequence[Scenes] = SCENES[1:]
 ) -> Callable[[Iterable[Line]], list[Run]]:
-    """featkd at several settings, every detector."""
+    """featkd at several settings, on sparse scenes if no others are named."""
 
     def runs(lines: Iterable[Line]) -> list[Run]:
         result = []
         for seed in seeds:
             for detector in TUNED_ON:
-                plain = plain_run(detector, seed, SPARSE)
-                result += [plain, *distilled(plain, {"featkd": settings}, SPARSE_TEACHERS)]
+                for data, teachers in scenes:
+                    plain = plain_run(detector, seed, data)
+                    result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
         return result
 
     return runs
@@ -256,11 +249,11 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "pictures": picture_runs,
     "pasted": pasted_runs,
     "plateau": plateau_runs,
-    "steadiness": steadiness_runs,
+    "steadiness": on_every_detector(STEADINESS, SECONDARY_SEEDS, SCENES),
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
     "schedules": secondary_runs(SCHEDULES, SPARSE_TEACHERS, data=SPARSE),
-    "by_gradient": on_sparse_scenes(BY_GRADIENT, MAIN_SEEDS[:2]),
-    "true_boxes": on_sparse_scenes(TRUE_BOXES, SECONDARY_SEEDS),
+    "by_gradient": on_every_detector(BY_GRADIENT, MAIN_SEEDS[:2]),
+    "true_boxes": on_every_detector(TRUE_BOXES, SECONDARY_SEEDS),
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
     "quick": quick_runs,
 }

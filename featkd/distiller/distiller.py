@@ -229,8 +229,7 @@ class Distiller(nn.Module):
         call = partial(self._call_teacher, args, kwargs, shared)
         theirs = teacher_features(self._teacher_tap, call, self.early_stop, ours)
         if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:
-            (level,) = ours
-            losses = self.loss(ours[level], theirs[level])
+            losses = self.loss(*ours.values(), *theirs.values())
         else:
             losses = self.loss(ours, theirs)
         require_losses(losses, output)
