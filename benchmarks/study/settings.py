@@ -197,8 +197,15 @@ SCHEDULES = [
     *(STANDARDIZED | FPN | {"schedule": name} for name in ("decay", "cosine", "early end")),
     STANDARDIZED | FPN | {"levels": "positions"},
 ]
-# What a perfect mask would bring.
-TRUE_BOXES = [STANDARDIZED | FPN, STANDARDIZED | FPN | {"masks": "boxes"}]
+# What a perfect mask would bring, and the paper's spatial one in its place.
+TRUE_BOXES = [
+    STANDARDIZED | FPN,
+    STANDARDIZED | FPN | {"masks": "boxes"},
+    *(
+        settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention="spatial") | FPN
+        for temperature in (2.0, 8.0)
+    ),
+]
 # The printed form's weights, tuned for each detector and from the gradients of one batch.
 BY_GRADIENT = [
     *(
