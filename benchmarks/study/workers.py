@@ -71,9 +71,9 @@ def teachers_to_train(runs: Iterable[Run], lines: Iterable[Line], folder: Path) 
 
 def remove_traces(run: Run, folder: Path) -> None:
     """What a finished run needs no more; a teacher is evaluated on other scenes too."""
-    (folder / f"{run.name}.log").unlink()
+    (folder / f"{run.name}.log").unlink(missing_ok=True)
     if run.method != "teacher":
-        (folder / f"{run.name}.checkpoint.pt").unlink()
+        (folder / f"{run.name}.checkpoint.pt").unlink(missing_ok=True)
 
 
 def worker_pool(workers: int, device_type: str) -> ProcessPoolExecutor:

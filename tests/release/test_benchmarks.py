@@ -56,9 +56,21 @@ def test_the_exit_code_of_the_tests_is_returned(code, stubs, tmp_path):
     assert (tmp_path / "out" / "tests.log").read_text() == found.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("tests",), ("all", "out"), ("cpu", "out")])
+def test_the_pictures_go_through_the_main_job(stubs, tmp_path):
+    (tmp_path / "boards").mkdir()
+    found = run("pictures", "out", "boards", cwd=tmp_path, env=stubs)
+    assert found.returncode == 0
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert call.startswith(f"-m examples.detection --data deeppcb --deeppcb {tmp_path / 'boards'} ")
+    assert "exit code   0" in found.stdout.splitlines()[-1]
+
+
+TOO_LITTLE = [(), ("tests",), ("all", "out"), ("cpu", "out"), ("pictures", "out"), ("tests", 1, 2)]
+
+
+@pytest.mark.parametrize("arguments", TOO_LITTLE)
 def test_a_call_that_says_too_little_says_how_to_call(arguments, tmp_path):
-    found = run(*arguments, cwd=tmp_path)
+    found = run(*map(str, arguments), cwd=tmp_path)
     assert found.returncode == 2
     assert ".ci/cuda tests|benchmarks OUT" in found.stderr
     assert not list(tmp_path.iterdir())
