@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap, from_channels_last, match_layers
 from tests.helpers.models import (
@@ -323,6 +324,34 @@ def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
         starts = {row.index(" x ") // 2 for row in rows}
         assert len(starts) == 1, part
         assert "shape" in header
+
+
+class Predicts(nn.Module):
+    """A user's module around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images)
+
+
+WRAPS = [
+    pytest.param(Predicts, id="a user's"),
+    pytest.param(lambda model: Predicts(nn.Sequential(model)), id="two"),
+    pytest.param(AveragedModel, id="an average"),
+    pytest.param(torch.compile, id="compiled", marks=pytest.mark.one_graph),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_wraps_a_model_changes_none_of_its_stages(wrap):
+    model = Net(4)
+    ours, theirs = match_layers(wrap(model), model, PIXELS.double()).pairs["c2"]
+    assert theirs.path == "backbone.c2"
+    assert ours.path.endswith(f".{theirs.path}")
+    assert ours.channels == theirs.channels == 8
 
 
 def nested(module, depth):

@@ -26,6 +26,7 @@ from benchmarks.study.settings import (
     SCALE_FREE,
     SCHEDULES,
     SENSITIVITY,
+    SPATIAL_MASK,
     STANDARDIZED,
     STEADINESS,
     TEACHER_RELATION,
@@ -114,6 +115,7 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     for seed in MAIN_SEEDS:
         for detector, own in settings.items():
             presets = [*own["featkd"], FPN_OUTPUTS, STANDARDIZED | FPN, *PRESETS_AT_STAGES]
+            presets.append(SPATIAL_MASK[0])
             plain = plain_run(detector, seed, MAIN)
             runs += [plain, *distilled(plain, own | {"featkd": presets})]
     # The tuned setting may be one of the presets.

@@ -14,7 +14,7 @@ from .._checks import require_callable, require_flag, require_losses
 from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
 from ..report.preserve import preserved
-from ..report.report import Report, log_first_step, make_report
+from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised
 from ..taps.tap import FeatureTap
@@ -146,7 +146,7 @@ class Distiller(nn.Module):
         self.student_forward = student_forward
         self.teacher_forward = teacher_forward
         self.early_stop = early_stop
-        self._logged = False
+        self._logged = self._warned = False
         self._shared: SharedInput | None = None
         if self.shared_input is not None:
             self._shared = SharedInput(student, teacher, self.shared_input, pairs, convert_input)
@@ -170,12 +170,15 @@ class Distiller(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        in_eager = not torch.compiler.is_compiling()
+        if in_eager and self.student.training != self.training and not self._warned:
+            self._warned = log_modes(self.training)
         if not self.training:
-            return (self.student_forward or _call)(self.student, *args, **kwargs), {}
+            return _run(self.student_forward, self.student, *args, **kwargs), {}
         step = self._step(args, kwargs)
-        if not torch.compiler.is_compiling() and not self._logged:
+        if in_eager and not self._logged:
             self._logged = True
-            log_first_step(step, self.student, self.loss)
+            log_first_step(step, self.loss)
         return step.output, step.losses
 
     def report(
@@ -212,12 +215,13 @@ class Distiller(nn.Module):
         """
         with preserved(self, self.teacher), torch.enable_grad():
             step = self._step(args, kwargs)
-            return make_report(step, self.student, self.teacher, self.loss, optimizer)
+            alike = self.student_forward is None and self.teacher_forward is None
+            return make_report(step, self.student, self.teacher, self.loss, optimizer, alike)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         input_tap = nullcontext() if self._shared is None else self._shared.tap
         with self._student_tap, input_tap:
-            output = (self.student_forward or _call)(self.student, *args, **kwargs)
+            output = _run(self.student_forward, self.student, *args, **kwargs)
         shared = None if self._shared is None else self._shared.pop()
         ours = self._student_tap.pop()
         for level, features in ours.items():
@@ -243,8 +247,10 @@ class Distiller(nn.Module):
             self._shared.run_teacher(shared)
         else:
             args, kwargs = placed((args, kwargs), *home(self.teacher))
-            (self.teacher_forward or _call)(self.teacher, *args, **kwargs)
+            _run(self.teacher_forward, self.teacher, *args, **kwargs)
 
 
-def _call(model: nn.Module, *args: Any, **kwargs: Any) -> object:
-    return model(*args, **kwargs)
+def _run(
+    forward: Callable[..., object] | None, model: nn.Module, *args: Any, **kwargs: Any
+) -> object:
+    return model(*args, **kwargs) if forward is None else forward(model, *args, **kwargs)

@@ -11,11 +11,14 @@ from torch import Tensor
 def detector_loss(output: object) -> Tensor | None:
     """The sum of the losses in the first of these that `output` is; `None` if it is none.
 
-    - an object with a `.loss`, or a mapping of scalars (or lists of them);
+    - an object with a `.loss`, or a mapping with a scalar `"loss"`, which is the whole;
+    - a mapping of scalars (or lists of them);
     - a tuple of the loss, a scalar or a vector of its parts, and of items without a gradient;
     - a scalar.
     """
     loss = getattr(output, "loss", output)
+    if isinstance(loss, Mapping) and isinstance(whole := loss.get("loss"), Tensor):
+        loss = whole
     if isinstance(loss, tuple):
         return _first_alone(loss)
     found: list[object] = [loss]

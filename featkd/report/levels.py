@@ -111,8 +111,13 @@ def far_strides(levels: Sequence[LevelReport]) -> Iterator[str]:
 
 
 def without_a_shape(levels: Sequence[LevelReport], loss: nn.Module) -> Iterator[str]:
-    """Two values standardised are -1 and 1, whatever they were, and one is 0."""
+    """Two values standardised are -1 and 1, whatever they were, and one is 0.
+
+    Channel attention is standardised over the channels.
+    """
     if not isinstance(loss, FeatureDistillationLoss) or not loss.hyperparameters.standardize:
+        return
+    if loss.hyperparameters.alpha and loss.hyperparameters.transfer_attention != "spatial":
         return
     for level in levels:
         positions = math.prod(level.teacher_shape[2:])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def preserved(*models: nn.Module) -> Iterator[None]:
-    """Keeps buffers, modes, and the random numbers of Python, of torch and of the GPUs in use."""
+    """Keeps buffers, modes, and the random numbers of Python, NumPy, torch and the GPUs in use."""
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -24,14 +25,27 @@ def preserved(*models: nn.Module) -> Iterator[None]:
     tensors = [value for model in models for value in model.parameters()]
     gpus = {value.device for value in tensors if value.is_cuda}
     numbers = random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=list(gpus)):
             yield
     finally:
         random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(of_numpy)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            _restore(buffer, value)
+
+
+def _restore(buffer: Tensor, value: Tensor) -> None:
+    """In place: others may hold the buffer."""
+    if buffer.layout == torch.strided and 0 in buffer.stride():  # expanded: nobody can write there
+        return
+    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        if buffer.shape != value.shape:  # an observer of quantisation resizes its own
+            buffer.resize_(value.shape)
+        buffer.copy_(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,16 @@ from .levels import (
     without_a_shape,
     without_level,
 )
-from .magnitudes import faults, magnitudes
+from .magnitudes import Magnitude, faults, magnitudes
 
 LOGGER = logging.getLogger("featkd")
 NO_DETECTOR_LOSS = (
     "The detector's loss is not known: the student returned none (torchvision's detectors return "
     "theirs in training mode alone: `distiller.train()`)."
+)
+IN_EVAL_MODE = "the student is in `eval` mode where it is to be trained: `distiller.train()`."
+NOT_DISTILLING = (
+    "the distiller is in `eval` mode, the student trains and is not taught: `distiller.train()`."
 )
 AIM = (
     "Aim at 1 to 5 after some hundred steps and scale the weights then: of an untrained student "
@@ -71,9 +76,17 @@ class Report:
 
 
 def make_report(
-    step: Step, student: nn.Module, teacher: nn.Module, loss: nn.Module, optimizer: object
+    step: Step,
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: nn.Module,
+    optimizer: object,
+    called_alike: bool,
 ) -> Report:
-    """By one backward a term, one of their sum, and one of the detector's loss."""
+    """By one backward a term, one of their sum, and one of the detector's loss.
+
+    `called_alike`: nothing replaces the call of either model.
+    """
     trained = {
         f"{name}.{key}": value
         for name, part in (("student", student), ("loss", loss))
@@ -104,35 +117,46 @@ def make_report(
         _aim(total, norm),
         *left_out,
         *without_level(levels, loss),
-        *far_strides(levels),
-        *without_a_shape(levels, loss),
-        *(list(faults(found)) or _same_weights(student, teacher)),
-        *_not_finite(losses),
-        *_without_effect(terms),
+        *_seen_forward(levels, found, loss, losses),
+        *_without_gradient(terms),
     ]
+    if called_alike and not any(faults(found)):
+        notes += _same_weights(student, teacher)
+    if detector is not None and not student.training:
+        notes.append(IN_EVAL_MODE)
     own = None if detector is None or norm is None else term("detector", detector, norm)
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
 
-def log_first_step(step: Step, student: nn.Module, loss: nn.Module) -> None:
+def log_first_step(step: Step, loss: nn.Module) -> None:
     """Logs what a report would say and needs no backward: the levels, and what is wrong.
 
     Of several processes the first alone speaks.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-        return
-    if not LOGGER.isEnabledFor(logging.WARNING):
+    if not _speaks() or not LOGGER.isEnabledFor(logging.WARNING):
         return
     found = magnitudes(step.student, step.teacher)
-    if LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.info("Distilling\n%s", level_table(level_reports(step, loss, found)))
-    texts = list(faults(found))
-    if not student.training:
-        texts.append("the student is in `eval` mode, the distiller trains: `distiller.train()`.")
+    levels = level_reports(step, loss, found)
+    LOGGER.info("Distilling\n%s", level_table(levels))
     if all(magnitude.student is not None for magnitude in found.values()):
-        texts += _not_finite(step.losses)
-    for text in texts:
-        LOGGER.warning(text)
+        for text in _seen_forward(levels, found, loss, step.losses):
+            LOGGER.warning(text)
+
+
+def log_modes(distilling: bool) -> bool:
+    """Warns where the student trains and the distiller does not, or the other way round.
+
+    False where it may be meant: detectors give a validation loss in training mode alone.
+    """
+    if not distilling and not torch.is_grad_enabled():
+        return False
+    if _speaks():
+        LOGGER.warning(IN_EVAL_MODE if distilling else NOT_DISTILLING)
+    return True
+
+
+def _speaks() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _aim(distillation: TermReport, detector: float | None) -> str:
@@ -144,10 +168,32 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
     return f"The distillation's gradient is {ratio:.3g} times the detector's. {AIM}"
 
 
+def _seen_forward(
+    levels: Sequence[LevelReport],
+    found: Mapping[str, Magnitude],
+    loss: nn.Module,
+    losses: Mapping[str, Tensor],
+) -> Iterator[str]:
+    """What is wrong and shows without a backward."""
+    yield from far_strides(levels)
+    yield from without_a_shape(levels, loss)
+    yield from faults(found)
+    values = {name: value.sum().item() for name, value in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            yield f"the term {name!r} is {value}: a step with it spoils every weight."
+    if not any(values.values()):
+        yield "the distillation loss is 0: nothing is distilled."
+
+
 def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    """Batch normalisation in two modes makes other features of the same weights."""
+    """Batch normalisation in two modes makes other features of the same weights.
+
+    Modules of other kinds, as of quantisation-aware training, are to be taught by them.
+    """
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    if ours.keys() != theirs.keys():
+    kinds = ([type(module) for module in model.modules()] for model in (student, teacher))
+    if ours.keys() != theirs.keys() or not operator.eq(*kinds):
         return
     # An offloaded teacher's parameters are on the meta device between its calls.
     same = [
@@ -160,16 +206,7 @@ def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
         yield "the teacher's weights are the student's: it has nothing to teach."
 
 
-def _not_finite(losses: Mapping[str, Tensor]) -> Iterator[str]:
-    for name, loss in losses.items():
-        value = loss.sum().item()
-        if not math.isfinite(value):
-            yield f"the term {name!r} is {value}: a step with it spoils every weight."
-
-
-def _without_effect(terms: Sequence[TermReport]) -> Iterator[str]:
-    if not any(term.value for term in terms):
-        yield "the distillation loss is 0: nothing is distilled."
+def _without_gradient(terms: Sequence[TermReport]) -> Iterator[str]:
     for term in terms:
         if term.value and term.gradient_norm == 0:
             yield (

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.jit._script import RecursiveScriptModule
 
 Layers = Sequence[str] | Mapping[str, str]
@@ -31,9 +31,9 @@ def require_module(name: str, module: object) -> None:
 
 def require_no_shared_weights(name: str, module: nn.Module, teacher: nn.Module) -> None:
     """What is trained holds no weight or buffer of the teacher: training would change both."""
-    held = {id(value) for value in (*teacher.parameters(), *teacher.buffers())}
+    held = {_identity(value) for value in (*teacher.parameters(), *teacher.buffers())}
     own = (*module.named_parameters(), *module.named_buffers())
-    shared = [path for path, value in own if id(value) in held]
+    shared = [path for path, value in own if _identity(value) in held]
     if shared or module is teacher:
         found = "the same module" if module is teacher else f"{shared[0]!r} in both"
         raise ValueError(f"`teacher` must share no weights with `{name}`, got {found}.")
@@ -128,7 +128,8 @@ def require_in_place(model: nn.Module, path: str, name: str, module: nn.Module) 
     for part in wanted.split(".") if wanted else ():
         while found is not None and part not in found._modules:
             found = _wrapped(found)
-        found = found and found._modules[part]
+        if found is not None:  # not `and`: a compiled module's truth is its length, and it has none
+            found = found._modules[part]
     while found is not None and found is not module:
         found = _wrapped(found)
     if found is module:
@@ -155,6 +156,12 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
         return None
     ((name, child),) = module._modules.items()
     return child if name in _WRAPPERS else None
+
+
+def _identity(value: Tensor) -> int:
+    """Where the values lie, or, where that is not to be asked, which object it is."""
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return (plain and value.data_ptr()) or id(value)
 
 
 def require_called(model: nn.Module, path: str, name: str, module: nn.Module) -> None:

@@ -36,6 +36,14 @@ class Forward:
     def runs(self) -> Counter[str]:
         return Counter(call.path for call in self.ended)
 
+    @cached_property
+    def model(self) -> Call:
+        """The model's call; of a wrapper, which passes all on, the call of what is wrapped."""
+        outermost = call = self.root.inner[0] if self.root.inner else self.root
+        while len(call.inner) == 1 and _passes_on(call, call.inner[0]):
+            (call,) = call.inner
+        return call if len(call.inner) > 1 else outermost
+
     def stride(self, found: FeatureMap) -> float:
         return stride_of(found.shape, self.pixels)
 
@@ -102,7 +110,8 @@ class Forward:
             stride = self.stride(call.put_out[0]) if len(call.put_out) == 1 else 0.0
             before = self.stride(call.taken_in[0]) if call.taken_in else 1.0
             # What keeps or halves its map is one step, whatever is inside.
-            if stride and call.path and (not call.inner or 1 < stride <= 2 * before):
+            inside = call is not self.model
+            if stride and inside and (not call.inner or 1 < stride <= 2 * before):
                 if stride < deepest:
                     return False
                 deepest = stride
@@ -115,11 +124,11 @@ class Forward:
                 return True
             if not all(map(walk, call.inner)):
                 return False
-            if call.inner and call.path and 0 < stride == deepest:
+            if call.inner and inside and 0 < stride == deepest:
                 steps.append(call)
             return len(call.put_out) < 2
 
-        walk(self.root)
+        walk(self.model)
         seam = self._seam(parts, deepest)
         return [step for step in steps if seam is None or step.began < seam.ended]
 
@@ -129,8 +138,8 @@ class Forward:
         What follows it at its stride is a head.
         """
         whole = sum(step.leaves for step in steps)
-        for call in self.root.within():
-            if not (call.path and call.taken_in and call.put_out):
+        for call in self.model.within():
+            if call is self.model or not (call.taken_in and call.put_out):
                 continue
             ends = self.stride(call.taken_in[0]), self.stride(call.put_out[-1])
             if ends == (1.0, deepest):
@@ -219,6 +228,12 @@ def _groups(maps: Iterable[FeatureMap]) -> Iterator[list[FeatureMap]]:
         if item.keys:
             groups.setdefault(item.keys[:-1], []).append(item)
     yield from groups.values()
+
+
+def _passes_on(call: Call, inner: Call) -> bool:
+    """Whether all that it takes in and puts out are the maps of the call inside."""
+    pairs = (call.taken_in, inner.taken_in), (call.put_out, inner.put_out)
+    return all([m.serial for m in ours] == [m.serial for m in theirs] for ours, theirs in pairs)
 
 
 def _pools_all(call: Call) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +107,10 @@ def trace(
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     training = [module for module in model.modules() if module.training]
+    # What is compiled runs without its hooks, or compiles them; torch 2.4 has no such way out.
+    set_stance = getattr(torch.compiler, "set_stance", None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():
             model.eval()(*args, **kwargs)
     finally:
         for handle in handles:

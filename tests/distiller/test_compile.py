@@ -9,7 +9,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, PatchTokens
+from featkd import (
+    NORMALIZED,
+    Distiller,
+    FeatureDistillationLoss,
+    FeatureTap,
+    PatchTokens,
+    match_layers,
+)
 from tests.helpers.models import LEVELS, Net, distillation_loss, images
 from tests.helpers.tensors import close, normal
 
@@ -107,6 +114,20 @@ def test_a_compiled_part_of_the_model(tap_first, counter):
     for _ in range(3):
         agree(step(tap, model, images()), step(FeatureTap(plain, LEVELS), plain, images()))
     assert counter.frame_count == 1
+
+
+@pytest.mark.one_graph
+@torch_reads_grad
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_match_layers_names_in_a_compiled_model_can_be_tapped(side, counter):
+    models = [Net(4), Net(6)]
+    plain = copy.deepcopy(models)
+    models[side] = torch.compile(models[side], backend=counter)  # which has no length
+    match = match_layers(*models, images())
+    loss = FeatureDistillationLoss(match.student_channels, match.teacher_channels).double()
+    found = Distiller(*models, loss, match.layers)(images())
+    expected = Distiller(*plain, loss, match_layers(*plain, images()).layers)(images())
+    agree(found[1].values(), expected[1].values())
 
 
 @pytest.mark.one_graph

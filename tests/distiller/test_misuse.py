@@ -305,6 +305,19 @@ def test_a_shared_buffer_is_an_error():
         build(student, teacher)
 
 
+@pytest.mark.parametrize("way", ["assign", "data", "buffer"])
+def test_weights_that_share_memory_are_an_error(way):
+    student, teacher = Net(4), Net(4)
+    if way == "assign":
+        student.load_state_dict(teacher.state_dict(), assign=True)
+    elif way == "data":
+        student.head.weight.data = teacher.head.weight.data
+    else:
+        student.backbone.c1.norm.running_mean = teacher.backbone.c1.norm.running_mean.detach()
+    with pytest.raises(ValueError, match=r"`teacher` must share no weights with `student`, got '"):
+        build(student, teacher)
+
+
 def test_a_loss_of_one_level_takes_any_name_for_it():
     from featkd import ONE_STAGE, FeatureDistillationLoss
 

@@ -1,6 +1,7 @@
 """What a report notes, and what is logged at the first use."""
 
 import copy
+import dataclasses
 import logging
 import math
 import re
@@ -92,6 +93,33 @@ def test_a_level_that_standardised_teaches_nothing_is_noted(size, positions):
         assert (report.distillation.gradient_norm < 1e-6) == bool(said)
 
 
+def test_one_position_is_enough_where_channel_attention_is_compared():
+    settings = dataclasses.replace(STANDARDIZED, alpha=1.0)
+    for part in ("both", "channel", "spatial"):
+        of_part = dataclasses.replace(settings, transfer_attention=part)
+        loss = FeatureDistillationLoss({"p7": 4}, {"p7": 6}, of_part)
+        distiller = Distiller(nn.Conv2d(3, 4, 8, 8), nn.Conv2d(3, 6, 8, 8), loss, {"p7": ""})
+        report = distiller.report(torch.randn(2, 3, 8, 8))
+        said = any(note.startswith("Level 'p7' has") for note in report.notes)
+        assert said == (part == "spatial")
+        assert (report.distillation.gradient_norm < 1e-4) == said
+
+
+@pytest.mark.parametrize("way", ["another view", "another kind of module"])
+def test_a_teacher_of_the_same_weights_that_sees_or_computes_otherwise_can_teach(way):
+    student, options = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), {}
+    teacher = copy.deepcopy(student)
+    if way == "another view":
+        options["teacher_forward"] = lambda model, images: model(images.flip(3))
+    else:
+        student[0].__class__ = type("Quantised", (nn.Conv2d,), {})
+    loss = FeatureDistillationLoss({"c1": 4}, {"c1": 4})
+    report = Distiller(student, teacher, loss, {"c1": ""}, **options).report(
+        torch.randn(2, 3, 9, 9)
+    )
+    assert not [note for note in report.notes if "weights are the student's" in note]
+
+
 def test_a_copy_of_the_student_as_teacher_is_noted_whatever_its_batch_norm_does():
     student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     teacher = copy.deepcopy(student)
@@ -107,13 +135,47 @@ def test_a_copy_of_the_student_as_teacher_is_noted_whatever_its_batch_norm_does(
     assert said not in distiller.report(torch.randn(2, 3, 9, 9)).notes
 
 
-def test_a_student_in_eval_mode_in_training_is_logged(caplog):
-    distiller = make()
+IN_EVAL_MODE = "the student is in `eval` mode where it is to be trained: `distiller.train()`."
+
+
+def test_a_student_in_eval_mode_in_training_is_logged_at_whatever_step_once(caplog):
+    distiller = make(Student())
+    distiller(images())
+    assert not caplog.records
     distiller.student.eval()
-    with caplog.at_level(logging.WARNING, "featkd"):
+    for _ in range(2):
         distiller(images())
-    said = "the student is in `eval` mode, the distiller trains: `distiller.train()`."
-    assert messages(caplog, logging.WARNING) == [said]
+    assert messages(caplog, logging.WARNING) == [IN_EVAL_MODE]
+    assert IN_EVAL_MODE.replace("the", "The", 1) in distiller.report(images()).notes
+    distiller.train()
+    assert not [note for note in distiller.report(images()).notes if "eval" in note]
+
+
+def test_a_student_that_trains_beside_a_distiller_in_eval_mode_is_logged_once(caplog):
+    distiller = make(Student()).eval()
+    distiller.student.train()
+    with torch.no_grad():  # a validation loss
+        distiller(images())
+    assert not caplog.records
+    for _ in range(2):
+        assert distiller(images())[1] == {}
+    assert messages(caplog, logging.WARNING) == [
+        "the distiller is in `eval` mode, the student trains and is not taught: "
+        "`distiller.train()`."
+    ]
+
+
+def test_the_first_training_step_says_what_a_report_would_without_a_backward(caplog):
+    ours, theirs = nn.Conv2d(3, 4, 8, 8), nn.Conv2d(3, 6, 16, 16)
+    loss = FeatureDistillationLoss({"p7": 4}, {"p7": 6}, resize="bilinear")
+    distiller = Distiller(ours, theirs, loss, {"p7": ""})
+    image = torch.randn(2, 3, 16, 16)
+    expected = [note for note in distiller.report(image).notes if not note.startswith("The det")]
+    distiller(image)
+    said = messages(caplog, logging.WARNING)
+    assert [text[0].upper() + text[1:] for text in said] == expected
+    for text, start in zip(said, ("level 'p7' pairs", "level 'p7' has", "the dist"), strict=True):
+        assert text.startswith(start)
 
 
 def weights_times(factor):

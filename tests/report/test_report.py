@@ -1,12 +1,14 @@
 """Distiller.report: its figures, and that it leaves no trace."""
 
 import copy
+import math
 import random
 import re
 from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -290,7 +292,9 @@ OUTPUTS = {
     "an empty tuple": ((), None),
     "no loss": (SimpleNamespace(loss=None, logits=torch.ones(3)), None),
     "logits": (torch.ones(2, 3, requires_grad=True), None),
-    "a mapping of more": ({"loss": LOSS, "logits": torch.ones(3)}, None),
+    "a mapping with its loss": ({"loss": LOSS, "logits": torch.ones(3)}, 1.0),
+    "a mapping of the whole and its parts": ({"loss": 3 * LOSS, "a": LOSS, "b": 2 * LOSS}, 3.0),
+    "a mapping of more": ({"cost": LOSS, "logits": torch.ones(3)}, None),
     "an empty mapping": ({}, None),
     "detections": ([{"boxes": torch.ones(3, 4)}], None),
     "a constant": (torch.ones(()), None),
@@ -351,6 +355,45 @@ def test_a_report_that_fails_leaves_everything_as_it_was_too():
     fails.remove()
     assert unchanged(distiller.student, before)
     assert distiller.teacher.head.training
+
+
+class Observer(nn.Module):
+    """As those of quantisation, whose buffers are empty until the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("least", torch.empty(0))
+        self.register_buffer("expanded", torch.full((1,), math.nan).expand(3))
+        with torch.inference_mode():
+            self.register_buffer("lazily", torch.zeros(2))
+
+    def forward(self, x):
+        self.least.resize_(x.shape[1]).copy_(x.detach().amin((0, 2, 3)))
+        with torch.inference_mode():
+            self.lazily += 1
+        return x
+
+
+def test_buffers_that_a_forward_resizes_or_nobody_can_write_are_left_as_they_were():
+    student = Net(4)
+    student.backbone.c1.norm = nn.Sequential(Observer(), nn.BatchNorm2d(4).double())
+    distiller = make(student)
+    buffers = dict(student.named_buffers())
+    before = {name: value.clone() for name, value in buffers.items()}
+    distiller.report(images())
+    for name, value in student.named_buffers():
+        assert value is buffers[name]
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_numpys_random_numbers_are_as_before():
+    numpy.random.seed(0)
+    expected = numpy.random.rand()
+    numpy.random.seed(0)
+    distiller = make()
+    distiller.student.backbone.register_forward_hook(lambda *_: numpy.random.rand() and None)
+    distiller.report(images())
+    assert numpy.random.rand() == expected
 
 
 def test_random_numbers_are_kept_for_the_devices_in_use_alone(monkeypatch):
