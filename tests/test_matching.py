@@ -1,6 +1,7 @@
 """match_layers: stages of two models paired by stride, and one training step on what it found."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -341,7 +342,7 @@ WRAPS = [
     pytest.param(Predicts, id="a user's"),
     pytest.param(lambda model: Predicts(nn.Sequential(model)), id="two"),
     pytest.param(AveragedModel, id="an average"),
-    pytest.param(torch.compile, id="compiled", marks=pytest.mark.one_graph),
+    pytest.param(lambda model: torch.compile(model, backend="eager"), id="compiled"),
 ]
 
 
@@ -352,6 +353,13 @@ def test_what_wraps_a_model_changes_none_of_its_stages(wrap):
     assert theirs.path == "backbone.c2"
     assert ours.path.endswith(f".{theirs.path}")
     assert ours.channels == theirs.channels == 8
+
+
+def test_a_model_compiled_as_one_graph_is_traced_without_it_or_is_an_error():
+    model = torch.compile(Net(4), backend="eager", fullgraph=True)
+    can_do_without = hasattr(torch.compiler, "set_stance")
+    with nullcontext() if can_do_without else pytest.raises(ValueError, match="must run on"):
+        assert "c2" in match_layers(model, Net(6), PIXELS.double()).layers
 
 
 def nested(module, depth):

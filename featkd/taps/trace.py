@@ -86,6 +86,7 @@ def trace(
     handles = []
     numbers = _Numbers()
     began = 0
+    in_eager: Any = torch.compiler.disable
     for path, module in model.named_modules():
 
         def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
@@ -104,10 +105,10 @@ def trace(
             call.ended = began
             ended.append(call)
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_pre_hook(in_eager(before), with_kwargs=True))
+        handles.append(module.register_forward_hook(in_eager(after)))
     training = [module for module in model.modules() if module.training]
-    # What is compiled runs without its hooks, or compiles them; torch 2.4 has no such way out.
+    # Compiled as one graph, a model takes no such hooks. torch 2.4 has no way out of that.
     set_stance = getattr(torch.compiler, "set_stance", None)
     try:
         with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():

@@ -116,7 +116,6 @@ def test_a_compiled_part_of_the_model(tap_first, counter):
     assert counter.frame_count == 1
 
 
-@pytest.mark.one_graph
 @torch_reads_grad
 @pytest.mark.parametrize("side", [0, 1])
 def test_what_match_layers_names_in_a_compiled_model_can_be_tapped(side, counter):
