@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from examples.detection.content import Content, seen
 from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import LIMIT, check_pictures
 
@@ -54,6 +55,11 @@ class DeepPCB(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __len__(self) -> int:
         return self.side**2 * len(self.boards)
+
+    def content(self) -> Content:
+        boards = [(b.picture.name, b.boxes.tolist(), b.labels.tolist()) for b in self.boards]
+        words = f"{len(boards)} pictures, {sum(len(b.boxes) for b in self.boards)} boxes"
+        return seen(words, boards)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         if not 0 <= index < len(self):
