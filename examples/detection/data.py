@@ -1,6 +1,7 @@
 """What `--data` names: pictures to train on, pictures held out, and the classes."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def load_coco(options: argparse.Namespace) -> Data:
         held_out = read_coco(options.val_images, options.val_annotations)
         if held_out.classes != data.classes:
             raise DataError("--val-annotations must have the categories of --annotations")
+        if both := len(files_of(data) & files_of(held_out)):
+            print(
+                f"{options.val_annotations}: {both} of {len(held_out)} pictures are trained on "
+                "too, so that their AP says nothing of new ones"
+            )
         return data, held_out, data.classes
     tenth = range(0, len(data), 10)
     rest = [i for i in range(len(data)) if i % 10]
@@ -59,6 +65,11 @@ def load_coco(options: argparse.Namespace) -> Data:
                 f"{options.annotations}: give --val-images and --val-annotations"
             )
     return Subset(data, rest), Subset(data, tenth), data.classes
+
+
+def files_of(data: CocoFolder) -> set[str]:
+    """Whatever way leads to them."""
+    return {os.path.realpath(data.folder / file) for file in data.files}
 
 
 def read_coco(images: Path, annotations: Path) -> CocoFolder:

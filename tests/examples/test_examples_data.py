@@ -261,6 +261,33 @@ def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path])
         load_data(parse(options))
 
 
+def test_held_out_pictures_that_are_trained_on_are_counted_in_one_line(
+    folder: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    from examples.detection.__main__ import load_data, parse
+
+    images, annotations = folder
+    options = ["--data", "coco", "--images", str(images), "--annotations", str(annotations)]
+
+    def said(val_images: Path, val_annotations: Path) -> list[str]:
+        held_out = ["--val-images", str(val_images), "--val-annotations", str(val_annotations)]
+        load_data(parse([*options, *held_out]))
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in printed if "images without a box" not in line]
+
+    text = "{}: {} of 6 pictures are trained on too, so that their AP says nothing of new ones"
+    assert said(images, annotations) == [text.format(annotations, 6)]
+    # The same names are other pictures, and links lead to the same ones.
+    val_images, val_annotations = write_coco(tmp_path / "val")
+    assert said(val_images, val_annotations) == []
+    for name in ("0.png", "3.png"):
+        (val_images / name).unlink()
+        (val_images / name).symlink_to(images / name)
+    assert said(val_images, val_annotations) == [text.format(val_annotations, 2)]
+    (tmp_path / "link").symlink_to(images)
+    assert said(tmp_path / "link", val_annotations) == [text.format(val_annotations, 6)]
+
+
 # --- its pictures ---------------------------------------------------------------------------------
 
 
