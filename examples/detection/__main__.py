@@ -17,7 +17,7 @@ from torch import nn
 
 from examples.detection.checkpoints import Curve, write_atomically
 from examples.detection.command_line import parse_options
-from examples.detection.data import load_data
+from examples.detection.data import content_of, load_data
 from examples.detection.detectors import tapped
 from examples.detection.dry_run import dry_run
 from examples.detection.exporting import export
@@ -45,14 +45,19 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
             print(f"the run in {folder.path} is finished: see its results.json")
             export_again(options, folder)
         return
-    data, held_out, classes = by_first_rank(lambda: load_data(options))
+    loaded = by_first_rank(lambda: load_data(options))
+    data, held_out, classes = loaded
+    content = by_first_rank(lambda: content_of(options, loaded))
+    # Before the models, which other classes would not fit.
+    if state == "unfinished":
+        by_first_rank(lambda: folder.compare_read(content))
     models = new_models(options, len(classes))
     teacher, plain, student = models.values()
     layers, _ = tapped(student, teacher, options.taps, options.size)
     distiller = new_distiller(options, student, teacher)
     teacher.to(device)
     if state == "new":
-        by_first_rank(folder.begin)
+        by_first_rank(lambda: folder.begin(content))
 
     settings, steps = new_settings(options, device), steps_of(options, len(data))
     if rank == 0:
@@ -92,7 +97,10 @@ def export_again(options: argparse.Namespace, folder: RunFolder) -> None:
     weights = folder.path / WEIGHTS["distilled"]
     if not weights.exists():
         raise JobError(f"--export wants {weights}, which is gone")
-    _, held_out, classes = load_data(options)
+    loaded = load_data(options)
+    _, held_out, classes = loaded
+    # Other pictures of the same classes will do.
+    folder.compare_read({"classes": content_of(options, loaded)["classes"]})
     student = new_models(options, len(classes))["distilled"]
     student.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     for way in options.export:

@@ -20,6 +20,7 @@ from examples.detection.coco_check import (
     read_file,
     share_inside,
 )
+from examples.detection.content import Content, seen
 from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import Picture, Size, check_pictures, read_picture
 
@@ -56,6 +57,11 @@ class CocoFolder(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def content(self) -> Content:
+        words = f"{len(self)} pictures, {len(self.boxes)} boxes"
+        tensors = (each.numpy().tobytes() for each in (self.boxes, self.labels))
+        return seen(words, self.files, self.sizes, self.starts, *tensors)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         image = F.to_image(read_picture(self.folder / self.files[index], self.sizes[index]))

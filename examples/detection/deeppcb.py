@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from examples.detection.content import Content, seen
 from examples.detection.findings import DataError, Findings
-from examples.detection.pictures import check_pictures
+from examples.detection.pictures import LIMIT, check_pictures
 
 LISTS = {"train": "trainval.txt", "test": "test.txt"}
 KINDS = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
@@ -54,6 +55,11 @@ class DeepPCB(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __len__(self) -> int:
         return self.side**2 * len(self.boards)
+
+    def content(self) -> Content:
+        boards = [(b.picture.name, b.boxes.tolist(), b.labels.tolist()) for b in self.boards]
+        words = f"{len(boards)} pictures, {sum(len(b.boxes) for b in self.boards)} boxes"
+        return seen(words, boards)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         if not 0 <= index < len(self):
@@ -155,8 +161,9 @@ def read_rows(file: Path, name: str, findings: Findings) -> list[list[int]]:
             findings.add(where, "must be five whole numbers, x1 y1 x2 y2 kind", repr(line))
         elif not 1 <= row[4] <= len(KINDS):
             findings.add(where, f"the kind must be in 1..{len(KINDS)}", str(row[4]))
-        elif not (0 <= row[0] < row[2] and 0 <= row[1] < row[3]):
-            findings.add(where, "a box must have an area, and no negative side", repr(line))
+        elif not (0 <= row[0] < row[2] <= LIMIT and 0 <= row[1] < row[3] <= LIMIT):
+            rule = f"a box must have an area, and sides in 0..{LIMIT:,}"
+            findings.add(where, rule, repr(line))
         else:
             rows.append(row)
     return rows

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from examples.detection.content import Content, seen
 from examples.detection.findings import DataError, Findings
 from examples.detection.pictures import by, check_pictures, read_picture
 
@@ -51,6 +52,7 @@ class Pasted(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     def __init__(self, pictures: Pictures, part: str, seed: int, length: int) -> None:
         chosen = [of_part(group, part) for group in pictures.groups]
+        self.names = [[file.name for file in group] for group in chosen]
         *cutouts, distractors, backgrounds = chosen
         self.classes = ("background", *pictures.kinds)
         # By label; of label 0 are the distractors.
@@ -61,6 +63,9 @@ class Pasted(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     def __len__(self) -> int:
         return self.length
+
+    def content(self) -> Content:
+        return seen(f"{sum(map(len, self.names))} pictures", self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         if not 0 <= index < self.length:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.detection.checkpoints import replacing
+from examples.detection.content import Content
 from examples.detection.processes import JobError
 
 try:
@@ -111,14 +112,14 @@ class RunFolder:
             "or give --overwrite to replace it"
         )
 
-    def begin(self) -> None:
-        """Removes the run before, if there is one, and notes this one's configuration."""
+    def begin(self, read: dict[str, Content]) -> None:
+        """Removes the run before, if there is one, and notes this one's options and data."""
         for name in WRITTEN:
             # The old configuration goes last, as the new one takes its place.
             if name != CONFIG and not self.is_given(name):
                 (self.path / name).unlink(missing_ok=True)
         launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        content = {"job": JOB, "launch": launch, "options": self.chosen}
+        content = {"job": JOB, "launch": launch, "options": self.chosen, "read": read}
         self.write(CONFIG, json.dumps(content, indent=2))
 
     def write(self, name: str, text: str) -> None:
@@ -167,6 +168,17 @@ class RunFolder:
                 + ", ".join(f"{k}={self.chosen[k]} for {before[k]}" for k in changed)
             )
 
+    def compare_read(self, now: dict[str, Content]) -> None:
+        """Of a run that has noted nothing, being older, nothing is asked."""
+        before: dict[str, Content] = (self.read_config() or {}).get("read", {})
+        changed = [name for name, content in now.items() if before.get(name, content) != content]
+        if changed:
+            raise JobError(
+                f"--resume must keep what the run in {self.path} has read, got "
+                + ", ".join(other(name, now[name][0], before[name][0]) for name in changed)
+                + ": give back what was there, choose another --output, or give --overwrite instead"
+            )
+
     def lock_it(self) -> None:
         """The kernel takes the lock back when the process ends, whatever ends it."""
         if fcntl is None:
@@ -181,6 +193,10 @@ class RunFolder:
             ) from error
         except OSError as error:
             print(f"{self.path} knows no locks ({error.strerror}): start no second job in it")
+
+
+def other(name: str, now: str, before: str) -> str:
+    return f"other {name}" + (f" ({now:.100} for {before:.100})" if now != before else "")
 
 
 def same(file: Path, named: Path | str | None) -> bool:

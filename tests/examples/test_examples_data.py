@@ -196,6 +196,38 @@ def test_boxes_of_no_area_are_left_out_and_counted(folder: tuple[Path, Path]) ->
     assert data[2][1]["labels"].tolist() == [1]
 
 
+@pytest.mark.parametrize("width", [2.8e-14, 1e-6, 1e-3, 0.06])
+def test_a_box_that_vanishes_in_float32_is_one_of_no_area(
+    width: float, folder: tuple[Path, Path]
+) -> None:
+    images, annotations = folder
+    for bbox in ([60.3, 20, width, 30], [60.3, 20, 30, width], [60.3, 20, 1e-200, 1e-200]):
+        change(annotations, "annotations", 0, bbox=bbox)
+        data = read(images, annotations)
+        assert data.notes[0].endswith("1 boxes of no area left out")
+        assert data[0][1]["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("side", [96, 640, 65_535, 131_071])
+def test_the_thinnest_box_outlives_mirroring_and_scaling_at_any_place(side: int) -> None:
+    from torchvision.models.detection.transform import resize_boxes
+
+    from examples.detection.augmentation import flipped
+    from examples.detection.coco_check import LEAST_SIDE, has_area
+
+    # With half of it inside, a box may reach as far over an edge as the picture is wide.
+    left = torch.linspace(-side, side, 100_003).tolist()
+    bboxes = [[x, 3.0, LEAST_SIDE, 4.0] for x in left]
+    assert all(has_area({"bbox": bbox}) for bbox in bboxes)
+    boxes = torch.tensor(bboxes)
+    boxes[:, 2:] += boxes[:, :2]
+    mirrored = flipped(torch.empty(3, 1, side), {"boxes": boxes})[1]["boxes"]
+    for each in (boxes, mirrored):
+        for size in (96, 320, 1333):
+            scaled = resize_boxes(each, [8, side], [8, size])
+            assert (scaled[:, 2:] > scaled[:, :2]).all()
+
+
 def test_a_box_that_reaches_over_the_edge_is_kept_and_counted(folder: tuple[Path, Path]) -> None:
     images, annotations = folder
     change(annotations, "annotations", 0, bbox=[60, 20, 60, 70])
@@ -227,6 +259,33 @@ def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path])
     annotations.write_text(json.dumps(content))
     with pytest.raises(DataError, match="the training images must hold at least one box"):
         load_data(parse(options))
+
+
+def test_held_out_pictures_that_are_trained_on_are_counted_in_one_line(
+    folder: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    from examples.detection.__main__ import load_data, parse
+
+    images, annotations = folder
+    options = ["--data", "coco", "--images", str(images), "--annotations", str(annotations)]
+
+    def said(val_images: Path, val_annotations: Path) -> list[str]:
+        held_out = ["--val-images", str(val_images), "--val-annotations", str(val_annotations)]
+        load_data(parse([*options, *held_out]))
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in printed if "images without a box" not in line]
+
+    text = "{}: {} of 6 pictures are trained on too, so that their AP says nothing of new ones"
+    assert said(images, annotations) == [text.format(annotations, 6)]
+    # The same names are other pictures, and links lead to the same ones.
+    val_images, val_annotations = write_coco(tmp_path / "val")
+    assert said(val_images, val_annotations) == []
+    for name in ("0.png", "3.png"):
+        (val_images / name).unlink()
+        (val_images / name).symlink_to(images / name)
+    assert said(val_images, val_annotations) == [text.format(val_annotations, 2)]
+    (tmp_path / "link").symlink_to(images)
+    assert said(tmp_path / "link", val_annotations) == [text.format(val_annotations, 6)]
 
 
 # --- its pictures ---------------------------------------------------------------------------------

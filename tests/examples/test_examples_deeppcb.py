@@ -109,6 +109,13 @@ def test_a_folder_that_is_no_deeppcb_is_one_line(tmp_path: Path) -> None:
     assert said.endswith("must name a picture with a defect, got none")
 
 
+def test_a_side_that_no_float_holds_is_a_finding(tmp_path: Path) -> None:
+    write_deeppcb(tmp_path, boards=1)
+    (tmp_path / "group1/1_not/000.txt").write_text(f"20 30 1{'0' * 400} 70 2\n")
+    with pytest.raises(DataError, match=r"line 1: a box must have an area, and sides in 0\.\.80,0"):
+        DeepPCB(tmp_path, "train")
+
+
 def test_an_empty_target_has_the_shape_that_detectors_want(tmp_path: Path) -> None:
     _, target = DeepPCB(write_deeppcb(tmp_path), "train")[1]
     assert target["boxes"].shape == (0, 4)

@@ -193,7 +193,7 @@ def begin(*arguments: str | Path) -> str:
 
     with RunFolder(parse(*arguments)) as folder:
         if (state := folder.take()) == "new":
-            folder.begin()
+            folder.begin({})
         return state
 
 
