@@ -87,6 +87,8 @@ READABLE = {
     "overhaul": "feature overhaul",
     "cwd": "CWD",
     "pkd": "PKD",
+    "featkd, STANDARDIZED, temperature 8, masked_attention spatial": "featkd, with a spatial mask",
+    "featkd, temperature 8, masked_attention spatial": "featkd, with a spatial mask",
 }
 
 
