@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -192,8 +191,8 @@ def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
     Modules of other kinds, as of quantisation-aware training, are to be taught by them.
     """
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    kinds = ([type(module) for module in model.modules()] for model in (student, teacher))
-    if ours.keys() != theirs.keys() or not operator.eq(*kinds):
+    kinds = [[type(module) for module in model.modules()] for model in (student, teacher)]
+    if ours.keys() != theirs.keys() or kinds[0] != kinds[1]:
         return
     # An offloaded teacher's parameters are on the meta device between its calls.
     same = [
