@@ -16,7 +16,10 @@ from benchmarks.measure import arguments, interleaved, peak_bytes, record, sprea
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-SHAPES = ((2, 256, 100, 152), (2, 256, 200, 304), (8, 256, 100, 152))
+SHAPES = (
+    *((2, 256, 100, 152), (2, 256, 200, 304), (8, 256, 100, 152)),
+    *((8, 256, 13, 21), (2, 64, 24, 24), (1, 8, 4, 4)),
+)
 TINY = ((2, 8, 10, 12),)
 TEMPERATURE = 0.5
 # Reads and writes of a whole feature map that the formulas need.
