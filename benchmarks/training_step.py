@@ -4,7 +4,7 @@ python -m benchmarks.training_step [--device cuda --size 800 --batch-size 4]
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,7 @@ def step(
 
 def measure(
     name: str,
+    distilled: Sequence[str],
     size: int,
     count: int,
     rounds: int,
@@ -97,7 +98,8 @@ def measure(
     clock = Clock(device)
     clock.watch(student, "student, forward", REST)
     clock.watch(teacher.backbone, "teacher", REST)
-    for label, (settings, layers, channels) in DISTILLED.items():
+    for label in distilled:
+        settings, layers, channels = DISTILLED[label]
         loss = featkd.FeatureDistillationLoss(channels, channels, hyperparameters=settings)
         distiller = featkd.Distiller(
             student, teacher, loss.to(device), layers, shared_input="backbone"
@@ -169,11 +171,12 @@ def main() -> None:
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.bf16_teacher else torch.float32
     size, count, rounds = (64, 1, 1) if options.quick else (options.size, options.batch_size, 5)
-    detectors = DETECTORS[:1] if options.quick else DETECTORS
+    end = 1 if options.quick else None
+    detectors, distilled = DETECTORS[:end], tuple(DISTILLED)[:end]
     rows = (
         row
         for name in detectors
-        for row in measure(name, size, count, rounds, options.device, dtype)
+        for row in measure(name, distilled, size, count, rounds, options.device, dtype)
     )
     columns = {"detector": "", "distilled": "", "part": "", "phase": "", "ms": ".1f"}
     columns |= {"of plain step": ".1%"}
