@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import document
-from benchmarks.study.lines import LINES
+from benchmarks.study.lines import LINES, read_lines
 
 
 def test_the_tables_are_those_of_the_lines(tmp_path: Path) -> None:
@@ -21,3 +21,10 @@ def test_the_tables_are_those_of_the_lines(tmp_path: Path) -> None:
 def test_no_line_is_no_document(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no line of a run in"):
         document.write(tmp_path / "lines.jsonl")
+
+
+def test_a_setting_at_both_taps_is_in_the_overview_with_all_its_seeds() -> None:
+    lines = read_lines(LINES)
+    found = document.lines_of(document.TABLES["sparse"](lines), lines)
+    (panel,) = document.panels_of("sparse", found, {}).values()
+    assert panel["featkd, STANDARDIZED"].n == panel["pkd"].n == 5
