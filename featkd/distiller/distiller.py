@@ -18,6 +18,7 @@ from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised
 from ..taps.tap import FeatureTap
+from .call import called
 from .normalization import require_one_normalization
 from .placement import home, placed
 from .shared_input import SharedInput
@@ -134,8 +135,7 @@ class Distiller(nn.Module):
             for index in range(count)
         }
         if isinstance(loss, FeatureDistillationLoss):
-            found = list(self._paths)
-            levels = list(loss.levels)
+            found, levels = list(self._paths), list(loss.levels)
             if len(found) != 1 if loss.single else set(found) != set(levels):
                 raise ValueError(f"`layers` must have the levels of `loss` {levels}, got {found}.")
         self.student = student
@@ -174,7 +174,7 @@ class Distiller(nn.Module):
         if in_eager and self.student.training != self.training and not self._warned:
             self._warned = log_modes(self.training)
         if not self.training:
-            return _run(self.student_forward, self.student, *args, **kwargs), {}
+            return called(self.student_forward, self.student, *args, **kwargs), {}
         step = self._step(args, kwargs)
         if in_eager and not self._logged:
             self._logged = True
@@ -221,7 +221,7 @@ class Distiller(nn.Module):
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         input_tap = nullcontext() if self._shared is None else self._shared.tap
         with self._student_tap, input_tap:
-            output = _run(self.student_forward, self.student, *args, **kwargs)
+            output = called(self.student_forward, self.student, *args, **kwargs)
         shared = None if self._shared is None else self._shared.pop()
         ours = self._student_tap.pop()
         for level, features in ours.items():
@@ -247,10 +247,4 @@ class Distiller(nn.Module):
             self._shared.run_teacher(shared)
         else:
             args, kwargs = placed((args, kwargs), *home(self.teacher))
-            _run(self.teacher_forward, self.teacher, *args, **kwargs)
-
-
-def _run(
-    forward: Callable[..., object] | None, model: nn.Module, *args: Any, **kwargs: Any
-) -> object:
-    return model(*args, **kwargs) if forward is None else forward(model, *args, **kwargs)
+            called(self.teacher_forward, self.teacher, *args, **kwargs)

@@ -1,6 +1,7 @@
 """What enters a part of the student enters the same part of the teacher."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -151,6 +152,18 @@ def test_student_forward_and_teacher_forward_give_each_side_its_own():
     assert {term.name: term.value for term in report.terms} == {
         name: value.item() for name, value in losses.items()
     }
+
+
+def test_a_call_of_no_length_replaces_the_models_too():
+    class Twice(nn.ModuleList):
+        def forward(self, model, batch):
+            return model(2 * batch)
+
+    student, teacher = Net(4), Net(6)
+    options = {"student_forward": Twice(), "teacher_forward": Twice()}
+    build = partial(Distiller, student, teacher, distillation_loss(), LEVELS)
+    found, expected = build(**options)(images())[1], build()(2 * images())[1]
+    assert found == expected
 
 
 def test_student_forward_alone_leaves_the_teachers_call_as_it_is():
