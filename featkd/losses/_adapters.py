@@ -24,7 +24,23 @@ class Conv2d(nn.Conv2d):
         dtype = compute_dtype(input, self.weight)
         bias = None if self.bias is None else self.bias.to(dtype)
         with full_precision(input):
-            return F.conv2d(input.to(dtype), self.weight.to(dtype), bias, padding=self.padding)
+            input, weight = input.to(dtype), self.weight.to(dtype)
+            if torch.compiler.is_compiling():
+                return as_product(input, weight, bias)
+            return F.conv2d(input, weight, bias, padding=self.padding)
+
+
+def as_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of odd size that keeps H x W, as a matrix product of each image.
+
+    With a convolution in its graph inductor copies every map to channels last on a CPU.
+    """
+    images, _, height, width = input.shape
+    channels, size = weight.shape[0], weight.shape[2]
+    columns = input.flatten(2) if size == 1 else F.unfold(input, size, padding=size // 2)
+    matrix = weight.flatten(1).expand(images, -1, -1)
+    start = columns.new_zeros(1) if bias is None else bias[:, None]
+    return torch.baddbmm(start, matrix, columns).view(images, channels, height, width)
 
 
 class Linear(nn.Linear):

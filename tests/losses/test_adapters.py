@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from featkd import AttentionMaskedLoss, AttentionTransferLoss, NonLocalLoss
-from featkd.losses._adapters import BatchNorm2d, Conv2d, Linear
+from featkd.losses._adapters import BatchNorm2d, Conv2d, Linear, as_product
 from tests.helpers.module_cases import randomize
 from tests.helpers.tensors import close, gradients, normal
 
@@ -27,6 +28,31 @@ def test_adapters_are_those_of_appendix_b():
 def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(kernel_size):
     features = normal(2, 3, 6, 7)
     close(Conv2d(3, 3, kernel_size)(features), features, 0.0)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("bias", [None, normal(4, seed=2)])
+def test_the_product_that_is_compiled_is_the_convolution(kernel_size, images, bias):
+    features = normal(images, 3, 6, 7).to(memory_format=torch.channels_last)
+    weight = normal(4, 3, kernel_size, kernel_size, seed=1)
+    expected = F.conv2d(features, weight, bias, padding=kernel_size // 2)
+    close(as_product(features, weight, bias), expected, 1e-12)
+
+
+def test_no_convolution_is_compiled_and_without_a_bias_too():
+    operations = []
+
+    def backend(graph, inputs):
+        operations.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    layer = Conv2d(3, 4, 1)
+    layer.bias = None
+    features = torch.randn(2, 3, 6, 7)
+    close(torch.compile(layer, fullgraph=True, backend=backend)(features), layer(features), 1e-5)
+    assert torch.baddbmm in operations
+    assert F.conv2d not in operations
 
 
 def test_an_adapter_between_widths_starts_as_torch_s_own():
