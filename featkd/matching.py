@@ -143,11 +143,11 @@ def match_layers(
 
     Both models are called once with the example, in `eval` mode without gradients, and left as
     they were. A layer is listed if its module runs once and puts out one feature map. Its stride is
-    the height of the first map that enters a module over its own. A map is what shrinks alike in
-    height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits. Height and
-    width that differ in the example tell the two apart; see `.convert` of the result. Tokens
-    `(B, N, C)` are not listed, as their H x W is not known. A patch projection in front of tokens
-    is marked in the table, as it is no deep feature.
+    the image's height over its own. The image is the largest map that the model takes in. A map is
+    what shrinks alike in height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only
+    that fits. Height and width that differ in the example tell the two apart; see `.convert` of the
+    result. Tokens `(B, N, C)` are not listed, as their H x W is not known. A patch projection in
+    front of tokens is marked in the table, as it is no deep feature.
 
     The pairs are those of the feature pyramids where both models have one. A pyramid is what an FPN
     puts out at one width (`"p3"`), or what enters a head that takes several maps. Else they are
@@ -242,7 +242,10 @@ def _tappable(
                 )
             )
     if not layers:
-        raise ValueError(f"`{name}` must have a module that puts out a feature map, got none.")
+        raise ValueError(
+            f"`{name}` must have a module that puts out a feature map (B, C, H, W) of at least one "
+            "image, got none."
+        )
     return tuple(layers)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._table import table, times
 from ..losses.overall import FeatureDistillationLoss, _module_name
-from ..taps.trace import Shape, maps_in, stride_of
+from ..taps.trace import Shape, largest, maps_in, stride_of
 from .magnitudes import Magnitude
 
 
@@ -50,7 +50,7 @@ class LevelReport:
 def level_reports(
     step: Step, loss: nn.Module, found: Mapping[str, Magnitude]
 ) -> tuple[LevelReport, ...]:
-    image = next(maps_in(step.inputs), None)
+    image = largest(list(maps_in(step.inputs)))
     counts = _adapter_parameters(loss, list(step.student))
     levels = []
     for level, ours in step.student.items():

@@ -160,18 +160,24 @@ def maps_in(value: Any) -> Iterator[Shape]:
 
 
 def stride_of(shape: Shape, pixels: Shape) -> float:
-    """By the heights; a strided convolution rounds up: 13 positions of 100 are stride 8."""
+    """A power of 2 that rounds up both ways, as strided convolutions do, else by the heights."""
     ratio = pixels[2] / shape[2]
+    power = 2.0 ** math.ceil(math.log2(ratio))
+    if all(math.ceil(pixels[side] / power) == shape[side] for side in (2, 3)):
+        return power
     power = 2.0 ** round(math.log2(ratio))
     return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)
 
 
 def first_image(root: Call) -> Shape:
-    """The first map that enters a module."""
-    for call in root.within():
-        for found in call.taken_in:
-            return found.shape
-    return 0, 0, 0, 0
+    """The largest map that the first module with any takes in."""
+    entering = next((call.taken_in for call in root.within() if call.taken_in), [])
+    return largest([found.shape for found in entering]) or (0, 0, 0, 0)
+
+
+def largest(shapes: list[Shape]) -> Shape | None:
+    """Beside an image, a mask or a template is no larger."""
+    return max(shapes, key=lambda shape: shape[2] * shape[3], default=None)
 
 
 def read_maps(ended: list[Call], pixels: Shape) -> None:

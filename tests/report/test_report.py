@@ -55,6 +55,24 @@ def test_the_levels(shared_input):
     assert first.adapter_parameters + second.adapter_parameters == sum(p.numel() for p in trained)
 
 
+class TakesAMask(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, mask, x):
+        return self.model(x)
+
+
+def test_a_small_mask_in_front_of_the_image_does_not_give_the_stride():
+    models = TakesAMask(Net(4).backbone), TakesAMask(Net(4).backbone)
+    loss = Term(lambda x: {"term": x.mean()})
+    distiller = Distiller(*models, loss, {"c1": "model.c1"})
+    mask, pixels = torch.ones(2, 1, 4, 6), torch.rand(2, 3, 16, 24).double()
+    (level,) = distiller.report(mask, pixels).levels
+    assert (level.student_stride, level.teacher_stride) == (2.0, 2.0)
+
+
 def test_the_size_of_the_features_is_before_the_adapters():
     distiller = make()
     distiller.loss.requires_grad_(False)

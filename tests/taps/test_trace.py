@@ -13,13 +13,18 @@ from featkd.taps.trace import Call, FeatureMap, first_image, read_maps, stride_o
         ((1, 8, 13, 5), (1, 3, 100, 40), 8.0),  # a strided convolution rounds up
         ((1, 8, 12, 5), (1, 3, 100, 40), 8.0),
         ((1, 8, 11, 5), (1, 3, 96, 40), 8.73),
+        ((1, 8, 2, 2), (1, 3, 40, 40), 32.0),  # 40, 20, 10, 5, 3, 2
+        ((1, 8, 3, 3), (1, 3, 40, 40), 16.0),
+        ((1, 8, 2, 3), (1, 3, 40, 56), 16.0),  # one that rounds down, by the width
         ((1, 8, 34, 5), (1, 3, 100, 40), 2.94),
         ((1, 8, 16, 5), (1, 3, 224, 40), 14.0),
         ((1, 8, 1, 5), (1, 3, 1, 40), 1.0),
         ((1, 8, 128, 5), (1, 3, 64, 40), 0.5),
     ],
 )
-def test_the_stride_is_told_by_the_heights(shape, pixels, stride):
+def test_the_stride_is_a_power_of_2_that_fits_both_ways_or_told_by_the_heights(
+    shape, pixels, stride
+):
     assert stride_of(shape, pixels) == stride
 
 
@@ -97,9 +102,10 @@ def test_the_calls_of_a_forward():
     assert (part.tokens_in, part.tokens_out) == (set(), {(2, 1, 24)})
 
 
-def test_the_first_map_is_the_image():
+def test_the_first_large_map_is_the_image():
     call = Call("", 0, inner=[Call("a", 1), Call("b", 2)])
     assert first_image(call) == (0, 0, 0, 0)
-    for inner, shape in zip(call.inner, [(1, 3, 4, 6), (1, 8, 2, 3)], strict=True):
-        inner.taken_in = [FeatureMap(shape, (), 1)]
+    shapes = [(1, 1, 2, 3), (1, 3, 4, 6), (1, 1, 4, 6)], [(1, 8, 8, 12)]
+    for inner, found in zip(call.inner, shapes, strict=True):
+        inner.taken_in = [FeatureMap(shape, (), 1) for shape in found]
     assert first_image(call) == (1, 3, 4, 6)
