@@ -18,6 +18,7 @@ from benchmarks.study.settings import (
     FPN,
     FPN_OUTPUTS,
     LOSES_AT_FPN,
+    MASKS,
     NEEDS_RELU,
     OPEN,
     PRESETS,
@@ -45,6 +46,7 @@ SPARSE_TEACHERS = [Teacher(steps=1180)]
 # Both kinds, with their teachers.
 Scenes = tuple[Data, list[Teacher]]
 SCENES: list[Scenes] = [(MAIN, [Teacher()]), (SPARSE, SPARSE_TEACHERS)]
+TUNE_SCENES: list[Scenes] = [(TUNE, [Teacher()]), (Data(2**31, "sparse"), SPARSE_TEACHERS)]
 # All tiles of its two lists.
 PICTURES = Data(0, BOARDS, 4000, 2000)
 PICTURE_TEACHERS = [Teacher(steps=2000)]
@@ -143,12 +145,13 @@ def sparse_runs(lines: Iterable[Line]) -> list[Run]:
 
 
 def picture_runs(lines: Iterable[Line]) -> list[Run]:
-    """FCOS on real pictures, each preset and method at the setting that it has everywhere."""
+    """On real pictures each preset and method at the setting that it has everywhere."""
     settings = one_setting_each(lines)
     runs = []
     for seed in MAIN_SEEDS:
-        plain = plain_run("fcos", seed, PICTURES, PICTURE_STEPS)
-        runs += [plain, *distilled(plain, settings, PICTURE_TEACHERS)]
+        for detector in TUNED_ON:
+            plain = plain_run(detector, seed, PICTURES, PICTURE_STEPS)
+            runs += [plain, *distilled(plain, settings, PICTURE_TEACHERS)]
     return runs
 
 
@@ -252,6 +255,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "pasted": pasted_runs,
     "plateau": plateau_runs,
     "steadiness": on_every_detector(STEADINESS, SECONDARY_SEEDS, SCENES),
+    "mask": on_every_detector(MASKS, TUNE_SEEDS, TUNE_SCENES),
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
     "schedules": secondary_runs(SCHEDULES, SPARSE_TEACHERS, data=SPARSE),
     "by_gradient": on_every_detector(BY_GRADIENT, MAIN_SEEDS[:2]),

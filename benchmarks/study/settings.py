@@ -71,6 +71,13 @@ SPATIAL_MASK = [
     settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention="spatial") | FPN
     for temperature in (8.0, 2.0)
 ]
+MASKS = [
+    STANDARDIZED | FPN,
+    *(
+        settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention="spatial") | FPN
+        for temperature in (2.0, 4.0, 8.0, 16.0)
+    ),
+]
 PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
 ABLATION = [
     with_terms(TWO_STAGE, *names) | FPN
