@@ -25,7 +25,7 @@ class Conv2d(nn.Conv2d):
         bias = None if self.bias is None else self.bias.to(dtype)
         with full_precision(input):
             input, weight = input.to(dtype), self.weight.to(dtype)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and input.device.type == "cpu":
                 return as_product(input, weight, bias)
             return F.conv2d(input, weight, bias, padding=self.padding)
 
@@ -33,7 +33,7 @@ class Conv2d(nn.Conv2d):
 def as_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of odd size that keeps H x W, as a matrix product of each image.
 
-    With a convolution in its graph inductor copies every map to channels last on a CPU.
+    With a convolution in a graph for the CPU inductor copies every map to channels last.
     """
     images, _, height, width = input.shape
     channels, size = weight.shape[0], weight.shape[2]
