@@ -3,11 +3,14 @@
 import argparse
 import hashlib
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,19 @@ def clock(device: torch.device) -> str:
     """On one thread the processor's own time, which other work on the machine disturbs less."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return "processor" if alone else "wall"
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """A machine on which another process computes on every core."""
+    spin = (sys.executable, "-c", "while True: pass")
+    others = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def interleaved(

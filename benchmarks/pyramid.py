@@ -1,10 +1,11 @@
 """A whole pyramid with its adapters, forward and backward: the presets against plain torch.
 
-python -m benchmarks.pyramid [--device cuda] [--no-compile] [--quick]
+python -m benchmarks.pyramid [--device cuda] [--no-compile] [--busy] [--quick]
 """
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import featkd
 from benchmarks import plain
-from benchmarks.measure import arguments, interleaved, peak_bytes, record, spread
+from benchmarks.measure import arguments, busy, interleaved, peak_bytes, record, spread
 
 Maps = dict[str, Tensor]
 Sizes = tuple[tuple[int, int], ...]
@@ -200,9 +201,12 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> Iterator[dict[
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--busy", action="store_true", help="beside a process on every core")
     options = parser.parse_args()
     rows = measure(options.device, options.quick, not options.no_compile)
-    record("pyramid", options.device, rows, COLUMNS, options.results)
+    name = "pyramid-busy" if options.busy else "pyramid"
+    with busy() if options.busy else nullcontext():
+        record(name, options.device, rows, COLUMNS, options.results)
 
 
 if __name__ == "__main__":

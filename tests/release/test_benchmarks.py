@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.measure import record, tree_id
+from benchmarks.measure import busy, record, tree_id
 from benchmarks.pyramid import PRESETS, both
 from tests.helpers.tensors import close, normal
 from tests.release.test_release import ROOT
@@ -63,6 +63,19 @@ def test_the_pictures_go_through_the_main_job(stubs, tmp_path):
     (call,) = (tmp_path / "calls").read_text().splitlines()
     assert call.startswith(f"-m examples.detection --data deeppcb --deeppcb {tmp_path / 'boards'} ")
     assert "exit code   0" in found.stdout.splitlines()[-1]
+
+
+def test_a_busy_machine_computes_on_every_core_and_is_left_idle(monkeypatch):
+    others, start = [], subprocess.Popen
+
+    def started(command):
+        others.append(start(command))
+        return others[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with busy():
+        assert [other.poll() for other in others] == [None] * os.cpu_count()
+    assert None not in [other.poll() for other in others]
 
 
 TOO_LITTLE = [(), ("tests",), ("all", "out"), ("cpu", "out"), ("pictures", "out"), ("tests", 1, 2)]
