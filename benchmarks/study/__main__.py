@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import attention, document, errors, gradients
+from benchmarks.study.folders import add_folders, folders_for
 from benchmarks.study.lines import LINES, read_lines
 from benchmarks.study.plan import TABLES
-from benchmarks.study.runs import FOLDERS
 from benchmarks.study.workers import execute
 
 
@@ -31,10 +31,7 @@ def run_table(options: argparse.Namespace) -> None:
         runs = TABLES[options.table](read_lines(file))
     except LookupError as error:
         raise SystemExit(f"{options.table} {error.args[0]}") from error
-    folders = {name: getattr(options, name) for name in FOLDERS}
-    for name in {run.data.name for run in runs} & FOLDERS.keys():
-        if folders[name] is None:
-            raise SystemExit(f"{options.table} wants --{name} DIR, {FOLDERS[name]}")
+    folders = folders_for(runs, options)
     failed = execute(runs, file, options.output, workers, options.device, folders)
     if failed:
         raise SystemExit(f"failed runs: {failed}; the same command tries them again")
@@ -52,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--workers", type=int, help="default: one a GPU, else one a thread")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--output", type=Path, default=Path("runs/study"), help="weights")
-    for name, made in FOLDERS.items():
-        run.add_argument(f"--{name}", metavar="DIR", type=Path, help=made)
+    add_folders(run)
     run.set_defaults(command=run_table)
     tables = commands.add_parser("tables", help="write the tables and their plots")
     tables.set_defaults(command=lambda options: document.write(options.lines))

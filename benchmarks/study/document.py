@@ -21,6 +21,15 @@ from benchmarks.study.tables import (
 Tuned = dict[tuple[str, str], dict[str, Any]]
 # The plots of the tables that compare the methods.
 GAINS = {"main": "gains.png", "sparse": "gains_sparse.png", "pictures": "gains_pictures.png"}
+# Of a single detector: what is first is compared with the others.
+ONE_DETECTOR = {
+    "sensitivity",
+    "choices",
+    "teacher_relation",
+    "scale_free",
+    "schedules",
+    "ten_seeds",
+}
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
@@ -48,10 +57,12 @@ def write(file: Path) -> None:
         unfinished = f" {left} of its runs are not there yet." if left else ""
         parts.append(f"## {name}\n\n`python -m benchmarks.study run {name}`{unfinished}")
         parts.append(report(found))
-        if name in ("sensitivity", "choices", "teacher_relation", "scale_free", "schedules"):
+        if name in ONE_DETECTOR:
             parts.append(against_first(found))
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
+        if name == "mask":
+            parts.append(gains_table(*contestants(found, {})))
         if name in GAINS:
             tuned = best(lines_of(tap_runs(lines), lines)) if name == "main" else {}
             rivals = contestants(found, tuned)

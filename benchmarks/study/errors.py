@@ -6,7 +6,8 @@ TIDE (Bolya et al., ECCV 2020; the package tidecv) says how many points AP at Io
 no detection had an error of one kind: Cls, the class is wrong; Loc, the box; Both; Dupe, a second
 box on an object; Bkg, a box on no object; Miss, an object without a box. Less is better.
 
-Prints a table and writes `results/errors.json` and its plot.
+Prints a table and writes `results/errors.json` and its plot, of another table than `main` under
+its name: `errors_pictures.json`.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from tqdm import tqdm
 
 from benchmarks.measure import provenance
 from benchmarks.study.cells import PLAIN, Row, rows
+from benchmarks.study.folders import add_folders, folders_for
 from benchmarks.study.lines import LINES, RESULTS, lines_of, read_lines
 from benchmarks.study.plan import TABLES
 from benchmarks.study.runs import Line, Run
 from benchmarks.study.tables import table
-from benchmarks.study.train import scenes, trained
+from benchmarks.study.train import held_out_data, trained
 from examples.detection.batches import collate, to_device
 
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
@@ -143,6 +145,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--lines", type=Path, default=LINES, help="the runs' lines")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_folders(parser)
     parser.set_defaults(command=write_errors)
 
 
@@ -154,12 +157,13 @@ def write_errors(options: argparse.Namespace) -> None:
         raise SystemExit(f"{options.table} {error.args[0]}") from error
     if not runs:
         raise SystemExit(f"no such run of {options.table} has a line in {options.lines}")
+    folders = folders_for(runs, options)
     lost = [run.name for run in runs if not (options.output / f"{run.name}.pt").exists()]
     if lost:
         raise SystemExit(f"no weights in {options.output} of {lost}")
     results = []
     for run in tqdm(runs, unit="run"):
-        data = scenes(run.data.held_out_seed, run.data.held_out_images)
+        data = held_out_data(run, folders)
         errors = errors_of(trained(run, options.output).to(device), data, device)
         results.append(lines_of([run], lines)[0] | {"errors": errors})
     columns = rows_by_column(results)
@@ -169,7 +173,8 @@ def write_errors(options: argparse.Namespace) -> None:
         "provenance": provenance(device),
         "runs": [{name: line[name] for name in (*KEPT, "errors")} for line in results],
     }
-    file = options.results / "errors.json"
+    name = "errors" if options.table == "main" else f"errors_{options.table}"
+    file = options.results / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     plot(columns, file.with_suffix(".png"))
     print(report(columns))

@@ -1,6 +1,5 @@
 """One run: a compact detector of the scenes trained, alone or distilled, and evaluated."""
 
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from benchmarks.study.distiller import new_distiller
+from benchmarks.study.folders import Folders
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, circumstances
 from benchmarks.study.remembered import remembered
 from benchmarks.study.runs import BOARDS, FOLDERS, PASTED, Line, Run, teacher_of
@@ -32,8 +32,6 @@ COUNTS = dict.fromkeys(KINDS, len(Scenes.classes)) | {
     BOARDS: len(DeepPCB.classes),
     PASTED: 1 + len(CLASSES),
 }
-# By the option that names it.
-Folders = Mapping[str, Path | None]
 # By level RetinaNet's and Faster R-CNN's own anchors; FCOS, which has none, gets the same.
 ANCHOR_SIZES = ((10, 14), (20, 28), (40, 56))
 

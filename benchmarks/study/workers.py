@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.study.folders import Folders
 from benchmarks.study.lines import append_line, pending, read_lines, teacher_ap
 from benchmarks.study.runs import Line, Run, identity, teacher_of
-from benchmarks.study.train import Folders, perform
+from benchmarks.study.train import perform
 
 
 def execute(

@@ -1,7 +1,7 @@
 """Kinds of error: TIDE is fed rightly, on cases worked by hand; tables and files of the command."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from benchmarks.study.lines import append_line
 from benchmarks.study.plan import TABLES
 from benchmarks.study.runs import Data, Run, Teacher, distilled, plain_run
 from benchmarks.study.settings import CANDIDATES
-from benchmarks.study.train import new_detector, trained
+from benchmarks.study.train import held_out_data, new_detector, trained
 from examples.detection import training
+from examples.detection.deeppcb import DeepPCB
 from examples.detection.scenes import Scenes
+from tests.helpers.deeppcb_folder import write_deeppcb
 
 CPU = torch.device("cpu")
 BOX, PART, ELSEWHERE = (10, 10, 30, 50), (10, 10, 30, 22), (60, 60, 90, 80)
@@ -189,17 +191,44 @@ def test_the_command_takes_the_finished_runs_chosen_and_leaves_table_and_plot(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*command, "--methods", "none", "featkd"])
-    content = json.loads((tmp_path / "errors.json").read_text())
+    content = json.loads((tmp_path / "errors_tiny.json").read_text())
     found = [(run["detector"], run["seed"], run["method"]) for run in content["runs"]]
     assert len(found) == len(set(found)) == 2 * 2 * 2
     assert {method for *_, method in found} == {"none", "featkd"}
     assert all(tuple(run["errors"]) == COLUMNS for run in content["runs"])
     assert {"featkd", "torch", "commit"} <= content["provenance"].keys()
-    assert (tmp_path / "errors.png").stat().st_size > 10_000
+    assert (tmp_path / "errors_tiny.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| featkd |") == 2
     main([*command, "--detector", "fcos"])
-    content = json.loads((tmp_path / "errors.json").read_text())
+    content = json.loads((tmp_path / "errors_tiny.json").read_text())
     assert len(content["runs"]) == 3 * 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sparse", Scenes), ("deeppcb", DeepPCB)])
+def test_the_images_are_those_that_the_run_is_evaluated_on(
+    name: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = plain_run("fcos", 0, replace(DATA, name=name), steps=2)
+    monkeypatch.setitem(TABLES, "tiny", lambda lines: [run])
+    append_line(tmp_path / "lines.jsonl", line_of(run))
+    torch.save(new_detector(run, "student", run.student).state_dict(), tmp_path / f"{run.name}.pt")
+    seen = []
+
+    def errors(model: nn.Module, data: Any, device: torch.device) -> dict[str, float]:
+        seen.append(data)
+        return dict.fromkeys(COLUMNS, 1.0)
+
+    monkeypatch.setattr("benchmarks.study.errors.errors_of", errors)
+    pictures = write_deeppcb(tmp_path / "pictures")
+    places = {"--lines": "lines.jsonl", "--output": "", "--results": "", "--deeppcb": "pictures"}
+    options = [word for name, place in places.items() for word in (name, str(tmp_path / place))]
+    main(["errors", "--table", "tiny", "--device", "cpu", *options])
+    (data,) = seen
+    assert data is held_out_data(run, {"deeppcb": pictures})
+    assert isinstance(data, kind)
+    if name == "deeppcb":
+        with pytest.raises(SystemExit, match="tiny wants --deeppcb DIR"):
+            main(["errors", "--table", "tiny", *options[:-2]])
 
 
 def test_a_student_has_the_weights_of_its_run(command: list[str], tmp_path: Path) -> None:

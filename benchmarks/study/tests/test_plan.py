@@ -32,7 +32,7 @@ from benchmarks.study.settings import (
 from benchmarks.study.tests.samples import PLAIN, line_of
 from benchmarks.study.variants import split
 
-CHOOSING = {"tune", "taps", "presets", "open"}
+CHOOSING = {"tune", "taps", "presets", "open", "mask"}
 
 
 def chosen_lines() -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
 def test_on_real_pictures_the_settings_are_those_of_sparse_scenes() -> None:
     lines = chosen_lines()
     runs, sparse = picture_runs(lines), sparse_runs(lines)
-    assert len(runs) == (1 + 6 + 6) * 5
+    assert len(runs) == (1 + 6 + 6) * 3 * 5
     assert {run.data.name for run in runs} == {"deeppcb"}
     assert {(run.method, str(run.hyperparameters)) for run in runs} == {
         (run.method, str(run.hyperparameters)) for run in sparse
