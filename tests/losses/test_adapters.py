@@ -33,14 +33,14 @@ def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(ke
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("bias", [None, normal(4, seed=2)])
-def test_the_product_that_is_compiled_is_the_convolution(kernel_size, images, bias):
+def test_the_product_in_place_of_a_convolution_is_the_convolution(kernel_size, images, bias):
     features = normal(images, 3, 6, 7).to(memory_format=torch.channels_last)
     weight = normal(4, 3, kernel_size, kernel_size, seed=1)
     expected = F.conv2d(features, weight, bias, padding=kernel_size // 2)
     close(as_product(features, weight, bias), expected, 1e-12)
 
 
-def test_no_convolution_is_compiled_and_without_a_bias_too():
+def test_no_convolution_reaches_inductor_on_a_cpu_nor_without_a_bias():
     operations = []
 
     def backend(graph, inputs):
