@@ -9,7 +9,7 @@ from featkd import functional
 from tests.helpers.cases import CASES, LOSSES, REDUCTIONS
 from tests.helpers.marks import each_case, each_loss, each_module
 from tests.helpers.module_cases import MODULE_CASES
-from tests.helpers.tensors import close, gradients, leaves, trained
+from tests.helpers.tensors import close, gradients, leaves, normal, trained
 
 FUNCTIONS = [
     "spatial_attention",
@@ -52,12 +52,18 @@ def test_value_equals_the_loops(case, batch, positions):
 
 
 @each_case
-def test_inputs_are_left_as_they_are(case):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_inputs_are_left_as_they_are(case, mode):
     tensors = case.inputs()
     before = {name: value.clone() for name, value in tensors.items()}
-    case(**tensors)
+    with mode():
+        output = case(**{name: value.requires_grad_() for name, value in tensors.items()})
+    if output.requires_grad:
+        slope = normal(*output.shape, seed=9)
+        output.backward(slope)
+        close(slope, normal(*output.shape, seed=9), 0.0)
     for name, value in tensors.items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+        torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=0)
 
 
 @each_loss
@@ -95,6 +101,19 @@ def test_a_loss_module_equals_its_functions(case):
     wanted = [student, *trained(module)]
     for a, b in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
         close(a, b)
+
+
+@each_module
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_module_leaves_its_inputs_as_they_are(case, mode):
+    module, features = case.module(), leaves(case.features())
+    before = [each.detach().clone() for each in features]
+    with mode():
+        output = module(*features)
+    if output.requires_grad:
+        output.sum().backward()
+    for each, expected in zip(features, before, strict=True):
+        close(each, expected, 0.0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 3)])
