@@ -11,6 +11,8 @@ from itertools import pairwise
 
 from .trace import Call, FeatureMap, Shape, stride_of
 
+FINEST = 4.0  # stride of a pyramid's first level
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -162,6 +164,7 @@ class Forward:
 
         An FPN is one module, which puts out one width or runs behind the backbone. Its maps are
         none of the backbone's, and all enter modules that run later; so they are not a head's.
+        Of a model without a head they are what it puts out.
         """
         stages = {step.put_out[0].serial for step in steps}
         last = max((step.ended for step in steps), default=0)
@@ -177,7 +180,7 @@ class Forward:
             and all(enters.get(item.serial, 0) >= call.ended for item in call.put_out)
         ]
         if not pyramids:
-            return self._enters_a_head(last)
+            return self._enters_a_head(last) or self._put_out(stages)
         fpn = pyramids[0]
         for call in pyramids:
             serials = {item.serial for item in fpn.put_out}
@@ -191,6 +194,16 @@ class Forward:
             if not in_a_head:
                 fpn = call
         return {stride: Spot(fpn, item) for stride, item in self._levels(fpn.put_out).items()}
+
+    def _put_out(self, stages: set[int]) -> dict[float, Spot]:
+        """An FPN's maps at the end of a model; finer ones of one width are logits."""
+        (call,) = self.root.inner
+        levels = self._levels(call.put_out)
+        widths = {item.shape[1] for item in call.put_out}
+        passed_on = any(item.serial in stages for item in call.put_out)
+        if len(widths) != 1 or passed_on or min(levels, default=0.0) < FINEST:
+            return {}
+        return {stride: Spot(call, item) for stride, item in levels.items()}
 
     def _enters_a_head(self, last: int) -> dict[float, Spot]:
         sources = {
@@ -237,6 +250,7 @@ def _passes_on(call: Call, inner: Call) -> bool:
 
 
 def _pools_all(call: Call) -> bool:
-    """From more positions than a stride of 2 takes together to a single one."""
+    """To a single position, from more than a stride of 2 takes together or without parameters."""
     to_one = [item.shape[2:] for item in call.put_out] == [(1, 1)]
-    return to_one and any(max(item.shape[2:]) > 2 for item in call.taken_in)
+    sides = [max(item.shape[2:]) for item in call.taken_in]
+    return to_one and any(side > 2 or (side > 1 and not call.trained) for side in sides)

@@ -50,6 +50,8 @@ class Call:
     tokens_in: set[tuple[int, ...]] = field(default_factory=set)
     """The shapes `(B, N, C)` that go in."""
     tokens_out: set[tuple[int, ...]] = field(default_factory=set)
+    trained: bool = True
+    """Whether it has parameters."""
 
     def within(self) -> Iterator[Call]:
         """The call and those inside it, outermost first."""
@@ -89,9 +91,9 @@ def trace(
     in_eager: Any = torch.compiler.disable
     for path, module in model.named_modules():
 
-        def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
             nonlocal began
-            call = Call(path, began)
+            call = Call(path, began, trained=any(True for _ in module.parameters()))
             began += 1
             call.taken_in, more = _sorted((args, kwargs), numbers)
             call.tokens_in = {shape for shape in more if len(shape) == 3}

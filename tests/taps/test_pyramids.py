@@ -162,9 +162,32 @@ def test_equal_stages_are_no_pyramid():
     assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
 
 
-def test_a_pyramid_that_nothing_takes_in_is_taken_for_a_head():
-    model = nn.Sequential(Stages(8, 8, 8), FPN((8, 8), 5))
-    assert list(match_layers(model, model, PIXELS).layers) == ["c1", "c2", "c3"]
+def test_a_pyramid_at_the_end_of_a_model_is_what_it_puts_out():
+    """As a torchvision detector's backbone with its FPN is, by itself or inside another."""
+    bare = nn.Sequential(Stages(8, 8, 8), FPN((8, 8), 5))
+    match = match_layers(bare, Detector(8), PIXELS)
+    assert match.layers == {"p2": ("[0]", "neck[0]"), "p3": ("[1]", "neck[1]")}
+    equals_plain_hooks(bare, match_layers(bare, bare, PIXELS), PIXELS)
+
+
+class Supervised(Stages):
+    """Puts out logits at every stride."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.logits = nn.ModuleList(nn.Conv2d(width, 2, 1) for width in widths)
+
+    def forward(self, x):
+        found = []
+        for stage, logits in zip(self.stages, self.logits, strict=True):
+            found.append(logits(x := stage(x)))
+        return found
+
+
+@pytest.mark.parametrize("model", [Supervised(8, 8, 8), Stages(8, 8, 8), Detector(8)])
+def test_logits_and_stages_at_the_end_of_a_model_are_no_pyramid_of_its_end(model):
+    found = [layer.path for layer in match_layers(model, model, PIXELS).student if layer.pyramid]
+    assert not any(path.startswith("[") for path in found)
 
 
 class Ends(nn.Module):

@@ -436,15 +436,22 @@ def test_a_model_that_enlarges_its_image_first_has_its_stages():
 @pytest.mark.parametrize(
     ("size", "levels"),
     [
-        ((4, 4), {"c1": "0", "c2": "1"}),  # as a stride of 2 shrinks it
+        ((4, 4), {"c1": "0"}),
         ((6, 6), {"c1": "0"}),
         ((6, 4), {"c1": "0"}),
         ((4, 6), {"c1": "0"}),
     ],
 )
-def test_pooling_of_more_than_two_positions_a_side_into_one_ends_the_backbone(size, levels):
+def test_pooling_into_one_position_ends_the_backbone(size, levels):
     model = nn.Sequential(convolution(3, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert levels_of(model, torch.zeros(1, 3, *size)) == levels
+
+
+@pytest.mark.parametrize(("size", "levels"), [(4, {"c1": "0", "c2": "1"}), (6, {"c1": "0"})])
+def test_a_layer_that_is_trained_may_leave_one_position_of_two_a_side_but_not_of_more(size, levels):
+    last = nn.Conv2d(8, 8, size // 2)
+    model = nn.Sequential(convolution(3, 8, 2), last, nn.Flatten())
+    assert levels_of(model, torch.zeros(1, 3, size, size)) == levels
 
 
 @pytest.mark.parametrize(("held", "stage"), [(2, "1"), (3, "0")])
