@@ -51,11 +51,27 @@ def require_channels(name: str, features: Tensor, channels: int) -> None:
         function = "from_tokens" if len(shape) == 3 else "from_channels_last"
         raise ValueError(
             f"`{name}` must have the shape (B, {channels}, H, W), got {shape}: if its channels "
-            f"come last, see `featkd.{function}` and the argument `convert` of taps and distillers."
+            f"come last, see `featkd.{function}` and the argument `convert` of taps and "
+            "distillers, for which `match_layers` has `match.convert`."
         )
     require_feature_map(name, features)
     if shape[1] != channels:
         raise ValueError(f"`{name}` must have the shape (B, {channels}, H, W), got {shape}.")
+
+
+def require_not_swapped(
+    student: Tensor, teacher: Tensor, channels: tuple[int, int], names: tuple[str, str]
+) -> None:
+    """Where each of a pair of feature maps has the other's channels."""
+    pair = student, teacher
+    if channels[0] == channels[1] or not all(isinstance(x, Tensor) and x.dim() == 4 for x in pair):
+        return
+    if (teacher.shape[1], student.shape[1]) == channels:
+        raise ValueError(
+            f"`{names[0]}` must have the shape (B, {channels[0]}, H, W), got "
+            f"{tuple(student.shape)}, and `{names[1]}` {tuple(teacher.shape)} has the "
+            f"{channels[0]} channels: the student comes first."
+        )
 
 
 def require_shape(name: str, value: Tensor, shape: tuple[int, ...], rule: str) -> None:

@@ -103,11 +103,22 @@ class LayerMatch:
         """What can be tapped, a table a model, with stages, blocks and what lies no deeper."""
         return "\n\n".join((_listing("student", self.student), _listing("teacher", self.teacher)))
 
+    def _without_pairs(self) -> str:
+        found = [
+            ", ".join(f"{layer.stride:g}" for layer in layers if layer.stage)
+            for layers in (self.student, self.teacher)
+        ]
+        return (
+            f"No layers of one stride: the student's stages have {found[0]}, the teacher's "
+            f"{found[1]}. Where a model resizes its images, match the parts behind that, such as "
+            "`teacher.backbone`."
+        )
+
     def __str__(self) -> str:
-        parts = [_pair_table(self.pairs) if self.pairs else "No layers of one stride."]
+        parts = [_pair_table(self.pairs) if self.pairs else self._without_pairs()]
         if self.others:
             parts += ["`select` takes these as well:", _pair_table(self.others)]
-        return "\n\n".join([*parts, "`print(match.all)` lists every layer that can be tapped."])
+        return "\n\n".join([*parts, "`print(match.all)` lists each model's layers."])
 
 
 def _pair_table(pairs: Mapping[str, tuple[Layer, Layer]]) -> str:
@@ -215,7 +226,8 @@ def _tappable(
     except Exception as error:
         raise ValueError(
             f"`{name}` must run on the example inputs, got {type(error).__name__}: {error}. Both "
-            "models get the same ones: name the layers yourself where they take others."
+            "models get the same ones: where they take others, match parts that take the same "
+            "images, such as `teacher.backbone`."
         ) from error
     pixels = first_image(root)
     read_maps(ended, pixels)

@@ -246,7 +246,9 @@ def test_what_keeps_the_image_s_size_is_no_stage(model):
 def test_without_a_common_stride_the_table_says_so():
     match = match_layers(convolutions(2), convolutions(4), PIXELS)
     assert not match.pairs
-    assert str(match).startswith("No layers of one stride.\n\n`print(match.all)`")
+    assert str(match).startswith(
+        "No layers of one stride: the student's stages have 2, the teacher's 4. Where a model "
+    )
 
 
 def test_a_stride_that_is_no_power_of_2_is_named_by_its_value():
@@ -310,7 +312,7 @@ def test_the_text_is_a_table_of_the_pairs_and_all_of_both_models_layers():
         ["c1", "2", "c1", "1 x 4 x 32 x 48", "c1", "1 x 6 x 32 x 48"],
         ["c2", "4", "c2", "1 x 8 x 16 x 24", "c2", "1 x 12 x 16 x 24"],
     ]
-    assert last == "`print(match.all)` lists every layer that can be tapped."
+    assert last == "`print(match.all)` lists each model's layers."
     student, teacher = (
         [re.split(r"\s{2,}", line) for line in part.splitlines()]
         for part in match.all.split("\n\n")

@@ -43,6 +43,7 @@ QUICK = {
     "train_images": 96,
     "held_out_images": 24,
     "evaluations": 2,
+    "output": Path("runs/quick"),
 }
 # Data made as they are asked for.
 MADE = ("scenes", "sparse", "pasted")

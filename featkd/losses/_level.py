@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import (
     require_channels,
     require_count,
+    require_not_swapped,
     require_same_batch,
     require_same_device,
 )
@@ -93,6 +94,7 @@ def admit(
 
     The parameters of `loss`, if any, lie on the features' device.
     """
+    require_not_swapped(student, teacher, channels, names)
     for name, features, count in zip(names, (student, teacher), channels, strict=True):
         require_channels(name, features, count)
     if student.shape[2:] != teacher.shape[2:]:

@@ -121,6 +121,7 @@ def make_report(
     ]
     if called_alike and not any(faults(found)):
         notes += _same_weights(student, teacher)
+    notes += _larger_student(student, teacher)
     if detector is not None and not student.training:
         notes.append(IN_EVAL_MODE)
     own = None if detector is None or norm is None else term("detector", detector, norm)
@@ -203,6 +204,15 @@ def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
     ]
     if same and all(same):
         yield "the teacher's weights are the student's: it has nothing to teach."
+
+
+def _larger_student(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
+    """Of two kinds of model one may be a part, such as a backbone: that says nothing."""
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
+    if ours > theirs and type(student) is type(teacher):
+        yield (
+            f"the student has {ours:,} parameters, the teacher {theirs:,}: the student comes first."
+        )
 
 
 def _without_gradient(terms: Sequence[TermReport]) -> Iterator[str]:

@@ -185,15 +185,17 @@ TEXTS = {
     "got None.": lambda: CONVERT({"c1": None}),
     # modules
     "`student` must have the shape (B, 3, H, W), got (2, 4, 5, 3): if its channels come last, "
-    "see `featkd.from_channels_last` and the argument `convert` of taps and distillers.": (
-        lambda: TRANSFER(LAST, MAP)
-    ),
+    "see `featkd.from_channels_last` and the argument `convert` of taps and distillers, for which "
+    "`match_layers` has `match.convert`.": (lambda: TRANSFER(LAST, MAP)),
     "`teacher` must have the shape (B, 3, H, W), got (2, 20, 3): if its channels come last, "
-    "see `featkd.from_tokens` and the argument `convert` of taps and distillers.": (
-        lambda: TRANSFER(MAP, LAST.flatten(1, 2))
-    ),
+    "see `featkd.from_tokens` and the argument `convert` of taps and distillers, for which "
+    "`match_layers` has `match.convert`.": (lambda: TRANSFER(MAP, LAST.flatten(1, 2))),
     "`student` must have the shape (B, 3, H, W), got (2, 7, 4, 5).": (
         lambda: TRANSFER(OTHER_CHANNELS, MAP)
+    ),
+    "`student` must have the shape (B, 3, H, W), got (2, 7, 4, 5), and `teacher` (2, 3, 4, 5) has "
+    "the 3 channels: the student comes first.": (
+        lambda: featkd.AttentionTransferLoss(3, 7)(OTHER_CHANNELS, MAP)
     ),
     f"`student` must have the height and width of `teacher` (2, 3, 4, 5), {OTHER_SIZE}": (
         lambda: TRANSFER(LARGE, MAP)

@@ -170,6 +170,7 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 def test_quick_changes_defaults_alone() -> None:
     assert (parse("--quick").steps, parse("--quick").evaluations) == (12, 2)
     assert (parse("--quick", "--steps", "7").steps, parse().steps) == (7, 600)
+    assert parse("--quick").output != parse().output
     # What it sets for scenes is no contradiction elsewhere.
     assert parse("--quick", *COCO).data == "coco"
 

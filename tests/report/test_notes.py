@@ -228,6 +228,17 @@ def test_a_teacher_that_cannot_teach_is_noted_and_logged_once(change, said, capl
     assert logged == ["t" + note[1:]]
 
 
+@pytest.mark.parametrize(
+    ("widths", "kind", "noted"),
+    [((6, 4), Net, True), ((4, 6), Net, False), ((6, 4), Student, False)],
+)
+def test_a_student_larger_than_a_teacher_of_its_kind_is_noted(widths, kind, noted):
+    student, teacher = kind(widths[0]), Net(widths[1])
+    distiller = Distiller(student, teacher, distillation_loss(*widths, MASKED), LEVELS)
+    notes = distiller.report(images()).notes
+    assert any("parameters, the teacher" in note for note in notes) == noted
+
+
 def test_a_teacher_that_equals_the_student_is_noted():
     student, teacher = Net(4).eval(), Net(4)
     teacher.load_state_dict(student.state_dict())
