@@ -66,6 +66,22 @@ def test_attention_in_float64_on_a_gpu_holds_few_pairs_at_a_time():
     assert largest.elements == _pairs._PAIRS
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "keys", "starts"),
+    [
+        (torch.float64, "meta", _pairs._PAIRS // 4, [0, 2, 4]),
+        (torch.float64, "meta", 2 * _pairs._PAIRS, [0, 1, 2, 3, 4]),
+        (torch.float32, "meta", _pairs._PAIRS // 4, [0]),
+        (torch.float64, "cpu", 7, [0]),
+    ],
+)
+def test_blocks_of_queries_hold_so_many_pairs_and_each_query_once(dtype, device, keys, starts):
+    query, key = (torch.empty(2, n, 8, dtype=dtype, device=device) for n in (5, keys))
+    width = starts[1] if starts[1:] else 5
+    expected = [slice(start, start + width) for start in starts]
+    assert _pairs._query_blocks(query, key) == expected
+
+
 def test_attention_in_blocks_of_queries_is_attention(monkeypatch):
     tensors = leaves([normal(2, 3, 7, seed=seed) for seed in range(3)])
     found = []
