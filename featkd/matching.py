@@ -161,8 +161,9 @@ def match_layers(
     front of tokens is marked in the table, as it is no deep feature.
 
     The pairs are those of the feature pyramids where both models have one. A pyramid is what an FPN
-    puts out at one width (`"p3"`), or what enters a head that takes several maps. Else they are
-    those of the backbones' stages (`"c3"`). :meth:`featkd.matching.LayerMatch.select` takes either.
+    puts out at one width (`"p3"`), or what enters a head that takes several maps, or what a model
+    without a head puts out. Else they are those of the backbones' stages (`"c3"`).
+    :meth:`featkd.matching.LayerMatch.select` takes either.
 
     The backbone is the sequence of modules that keep or halve their map, each one step with what is
     inside. A block on tokens is passed over. The backbone ends where the stride falls, where
