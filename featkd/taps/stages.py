@@ -196,12 +196,13 @@ class Forward:
         return {stride: Spot(fpn, item) for stride, item in self._levels(fpn.put_out).items()}
 
     def _put_out(self, stages: set[int]) -> dict[float, Spot]:
-        """An FPN's maps at the end of a model; finer ones of one width are logits."""
+        """An FPN's maps at the end of a model, each out of a layer; finer ones are logits."""
         (call,) = self.root.inner
+        made = {item.serial for inner in self.ended if not inner.inner for item in inner.put_out}
         levels = self._levels(call.put_out)
         widths = {item.shape[1] for item in call.put_out}
-        passed_on = any(item.serial in stages for item in call.put_out)
-        if len(widths) != 1 or passed_on or min(levels, default=0.0) < FINEST:
+        of_layers = all(item.serial in made - stages for item in call.put_out)
+        if len(widths) != 1 or not of_layers or min(levels, default=0.0) < FINEST:
             return {}
         return {stride: Spot(call, item) for stride, item in levels.items()}
 
