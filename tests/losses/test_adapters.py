@@ -40,7 +40,7 @@ def test_the_product_in_place_of_a_convolution_is_the_convolution(kernel_size, i
     close(as_product(features, weight, bias), expected, 1e-12)
 
 
-def test_no_convolution_reaches_inductor_on_a_cpu_nor_without_a_bias():
+def test_no_convolution_is_compiled_on_a_cpu_nor_without_a_bias():
     operations = []
 
     def backend(graph, inputs):
