@@ -30,7 +30,7 @@ def test_a_convolution_of_odd_size_keeps_the_map_s_and_starts_as_the_identity(ke
     close(Conv2d(3, 3, kernel_size)(features), features, 0.0)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("bias", [None, normal(4, seed=2)])
 def test_the_product_in_place_of_a_convolution_is_the_convolution(kernel_size, images, bias):
