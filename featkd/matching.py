@@ -105,7 +105,7 @@ class LayerMatch:
 
     def _without_pairs(self) -> str:
         found = [
-            ", ".join(f"{layer.stride:g}" for layer in layers if layer.stage)
+            ", ".join(f"{layer.stride:g}" for layer in layers if layer.stage) or "none"
             for layers in (self.student, self.teacher)
         ]
         return (

@@ -251,6 +251,11 @@ def test_without_a_common_stride_the_table_says_so():
     )
 
 
+def test_without_a_stage_the_table_says_so():
+    match = match_layers(convolutions(2), convolutions(1), PIXELS)
+    assert "the student's stages have 2, the teacher's none. Where" in str(match)
+
+
 def test_a_stride_that_is_no_power_of_2_is_named_by_its_value():
     model = convolutions(14)
     assert match_layers(model, model, PIXELS.new_zeros(1, 3, 224, 224)).layers == {
