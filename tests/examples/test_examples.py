@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def run(*arguments: str | Path) -> None:
     torch.set_num_threads(1)
     teacher = [] if "--teacher" in arguments else TEACHER
     main([*TINY, *teacher, *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Not ignored, as it is where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +235,7 @@ def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsy
 # The second process dies in the last step of all; each notes the steps that it has begun.
 DYING_WORKER = """
 import os, signal, sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from examples.detection import training
