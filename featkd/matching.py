@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ._table import table, times
+from ._listing import listing, pair_table
+from ._table import times
 from .taps.layouts import Convert, from_channels_last
 from .taps.stages import Forward, Spot
 from .taps.trace import Call, Shape, first_image, read_maps, trace
@@ -101,7 +102,7 @@ class LayerMatch:
     @property
     def all(self) -> str:
         """What can be tapped, a table a model, with stages, blocks and what lies no deeper."""
-        return "\n\n".join((_listing("student", self.student), _listing("teacher", self.teacher)))
+        return "\n\n".join((listing("student", self.student), listing("teacher", self.teacher)))
 
     def _without_pairs(self) -> str:
         found = [
@@ -115,36 +116,10 @@ class LayerMatch:
         )
 
     def __str__(self) -> str:
-        parts = [_pair_table(self.pairs) if self.pairs else self._without_pairs()]
+        parts = [pair_table(self.pairs) if self.pairs else self._without_pairs()]
         if self.others:
-            parts += ["`select` takes these as well:", _pair_table(self.others)]
+            parts += ["`select` takes these as well:", pair_table(self.others)]
         return "\n\n".join([*parts, "`print(match.all)` lists each model's layers."])
-
-
-def _pair_table(pairs: Mapping[str, tuple[Layer, Layer]]) -> str:
-    rows = [("level", "stride", "student", "shape", "teacher", "shape")]
-    notes = []
-    for level, pair in pairs.items():
-        ours, theirs = ((layer.path, layer._printed_shape) for layer in pair)
-        rows.append((level, f"{pair[0].stride:g}", *ours, *theirs))
-        notes += [
-            f"{level}, the {model}'s {layer.path!r}: patch projection: tokens follow, "
-            "see PatchTokens"
-            for model, layer in zip(("student", "teacher"), pair, strict=True)
-            if layer.patch_projection
-        ]
-    return "\n".join([table(rows), *notes])
-
-
-def _listing(name: str, layers: tuple[Layer, ...]) -> str:
-    """The stages, the blocks that they are made of, and whatever lies no deeper."""
-    deepest = max((_depth(layer) for layer in layers if layer.stage), default=2) + 1
-    shown = [layer for layer in layers if _depth(layer) <= deepest]
-    rows: list[tuple[str, ...]] = [(f"{name}'s path", "shape", "stride", "channels")]
-    for layer in shown:
-        rows.append((layer.path, layer._printed_shape, f"{layer.stride:g}", str(layer.channels)))
-    hidden = len(layers) - len(shown)
-    return table(rows) + (f"\n({hidden} deeper layers in `.{name}`)" if hidden else "")
 
 
 def match_layers(
@@ -260,7 +235,3 @@ def _tappable(
             "image, got none."
         )
     return tuple(layers)
-
-
-def _depth(layer: Layer) -> int:
-    return layer.path.count(".")

@@ -23,6 +23,7 @@ from .levels import (
     without_level,
 )
 from .magnitudes import Magnitude, faults, magnitudes
+from .models import larger_student, same_weights
 
 LOGGER = logging.getLogger("featkd")
 NO_DETECTOR_LOSS = (
@@ -120,8 +121,8 @@ def make_report(
         *_without_gradient(terms),
     ]
     if called_alike and not any(faults(found)):
-        notes += _same_weights(student, teacher)
-    notes += _larger_student(student, teacher)
+        notes += same_weights(student, teacher)
+    notes += larger_student(student, teacher)
     if detector is not None and not student.training:
         notes.append(IN_EVAL_MODE)
     own = None if detector is None or norm is None else term("detector", detector, norm)
@@ -184,35 +185,6 @@ def _seen_forward(
             yield f"the term {name!r} is {value}: a step with it spoils every weight."
     if not any(values.values()):
         yield "the distillation loss is 0: nothing is distilled."
-
-
-def _same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    """Batch normalisation in two modes makes other features of the same weights.
-
-    Modules of other kinds, as of quantisation-aware training, are to be taught by them.
-    """
-    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    kinds = [[type(module) for module in model.modules()] for model in (student, teacher)]
-    if ours.keys() != theirs.keys() or kinds[0] != kinds[1]:
-        return
-    # An offloaded teacher's parameters are on the meta device between its calls.
-    same = [
-        value.shape == theirs[name].shape
-        and not theirs[name].is_meta
-        and torch.equal(value, theirs[name].to(value))
-        for name, value in ours.items()
-    ]
-    if same and all(same):
-        yield "the teacher's weights are the student's: it has nothing to teach."
-
-
-def _larger_student(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    """Of two kinds of model one may be a part, such as a backbone: that says nothing."""
-    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
-    if ours > theirs and type(student) is type(teacher):
-        yield (
-            f"the student has {ours:,} parameters, the teacher {theirs:,}: the student comes first."
-        )
 
 
 def _without_gradient(terms: Sequence[TermReport]) -> Iterator[str]:

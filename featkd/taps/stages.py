@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from .trace import Call, FeatureMap, Shape, stride_of
+from .trace import Call, FeatureMap, Shape, passes_on, pools_all, stride_of
 
 FINEST = 4.0  # stride of a pyramid's first level
 
@@ -42,7 +42,7 @@ class Forward:
     def model(self) -> Call:
         """The model's call; of a wrapper, which passes all on, the call of what is wrapped."""
         outermost = call = self.root.inner[0] if self.root.inner else self.root
-        while len(call.inner) == 1 and _passes_on(call, call.inner[0]):
+        while len(call.inner) == 1 and passes_on(call, call.inner[0]):
             (call,) = call.inner
         return call if len(call.inner) > 1 else outermost
 
@@ -107,7 +107,7 @@ class Forward:
         def walk(call: Call) -> bool:
             """Whether the backbone goes on after this call."""
             nonlocal deepest
-            if len(call.taken_in) > 1 or _pools_all(call) or self._is_head(call, deepest):
+            if len(call.taken_in) > 1 or pools_all(call) or self._is_head(call, deepest):
                 return False
             stride = self.stride(call.put_out[0]) if len(call.put_out) == 1 else 0.0
             before = self.stride(call.taken_in[0]) if call.taken_in else 1.0
@@ -242,16 +242,3 @@ def _groups(maps: Iterable[FeatureMap]) -> Iterator[list[FeatureMap]]:
         if item.keys:
             groups.setdefault(item.keys[:-1], []).append(item)
     yield from groups.values()
-
-
-def _passes_on(call: Call, inner: Call) -> bool:
-    """Whether all that it takes in and puts out are the maps of the call inside."""
-    pairs = (call.taken_in, inner.taken_in), (call.put_out, inner.put_out)
-    return all([m.serial for m in ours] == [m.serial for m in theirs] for ours, theirs in pairs)
-
-
-def _pools_all(call: Call) -> bool:
-    """To a single position, from more than a stride of 2 takes together or without parameters."""
-    to_one = [item.shape[2:] for item in call.put_out] == [(1, 1)]
-    sides = [max(item.shape[2:]) for item in call.taken_in]
-    return to_one and any(side > 2 or (side > 1 and not call.trained) for side in sides)

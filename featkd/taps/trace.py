@@ -171,6 +171,19 @@ def stride_of(shape: Shape, pixels: Shape) -> float:
     return power if abs(pixels[2] - power * shape[2]) < power else round(ratio, 2)
 
 
+def passes_on(call: Call, inner: Call) -> bool:
+    """Whether all that it takes in and puts out are the maps of the call inside."""
+    pairs = (call.taken_in, inner.taken_in), (call.put_out, inner.put_out)
+    return all([m.serial for m in ours] == [m.serial for m in theirs] for ours, theirs in pairs)
+
+
+def pools_all(call: Call) -> bool:
+    """To a single position, from more than a stride of 2 takes together or without parameters."""
+    to_one = [item.shape[2:] for item in call.put_out] == [(1, 1)]
+    sides = [max(item.shape[2:]) for item in call.taken_in]
+    return to_one and any(side > 2 or (side > 1 and not call.trained) for side in sides)
+
+
 def first_image(root: Call) -> Shape:
     """The largest map that the first module with any takes in."""
     entering = next((call.taken_in for call in root.within() if call.taken_in), [])

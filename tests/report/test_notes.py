@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from featkd import NORMALIZED, STANDARDIZED, Distiller, FeatureDistillationLoss
 from featkd.report.magnitudes import magnitudes
-from featkd.report.report import AIM, _same_weights
+from featkd.report.models import same_weights
+from featkd.report.report import AIM
 from tests.helpers.models import LEVELS, Net, distillation_loss, images, raises
 from tests.helpers.reported import MASKED, Ratio, Student, Summed, Term, make
 
@@ -128,8 +129,8 @@ def test_a_copy_of_the_student_as_teacher_is_noted_whatever_its_batch_norm_does(
     said = "The teacher's weights are the student's: it has nothing to teach."
     assert said in distiller.report(torch.randn(2, 3, 9, 9)).notes
     offloaded = copy.deepcopy(student).to("meta")
-    assert list(_same_weights(student, teacher))
-    assert not list(_same_weights(student, offloaded))
+    assert list(same_weights(student, teacher))
+    assert not list(same_weights(student, offloaded))
     with torch.no_grad():
         teacher[0].bias += 1e-3
     assert said not in distiller.report(torch.randn(2, 3, 9, 9)).notes
