@@ -27,8 +27,8 @@ def correlation_distance(
 class _CorrelationDistance(torch.autograd.Function):
     """Of a slope u at s goes through the standardisation (u - mean u - s mean(u s)) / sigma.
 
-    Here u is w v (s - t) / (CHW). The inputs and five numbers a channel are saved. Without w the
-    mean of s - t is 0, and that of (s - t) s half the sum of (s - t)^2 and s^2 - t^2.
+    Here u is w v (s - t) / (CHW). The inputs and five numbers a channel are saved. Without w all
+    of it is v (c s - t) / (CHW sigma): the mean of (s - t)^2 says the correlation c.
     """
 
     @staticmethod
@@ -56,36 +56,37 @@ class _CorrelationDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, by_position, by_channel, numbers = ctx.saved_tensors
-        means, inverses, energy = numbers[:2], numbers[2:4], numbers[4]
+        *of_both, energy = numbers.unbind()
+        means, inverses = of_both[:2], of_both[2:]
         known = by_position is None
         if torch.is_grad_enabled():  # for a second derivative all depends on the features
             known = False
             sides = (centred(x.to(numbers.dtype), OVER_POSITIONS)[1] for x in (a, b))
             means, inverses = zip(*sides, strict=True)
-        slope = (grad / math.prod(a.shape[1:]))[:, None].expand(a.shape[:2])
+        slope = (grad / math.prod(a.shape[1:]))[:, None]
         weighted = slope if by_channel is None else slope * by_channel
 
-        def standardized(block: slice) -> list[Tensor]:
-            return [
-                scaled(x[:, block].to(mean.dtype) - mean[:, block], inverse[:, block])
-                for x, mean, inverse in zip((a, b), means, inverses, strict=True)
-            ]
+        def scaled_rest(side: int, block: slice, factor: Tensor) -> Tensor:
+            mean = means[side]
+            rest: Tensor = (a, b)[side][:, block].to(mean.dtype) - mean[:, block]
+            return scaled(rest, factor[:, block])
 
         def gradient(side: int) -> Tensor:
             inverse, other = inverses[side], inverses[1 - side]
-            half = (energy + inverse.sign() - other.sign()) / 2
+            # 0 beside a constant, with which nothing correlates.
+            correlation = (other.sign() + 1 - energy) / 2
+            factor = weighted * inverse.flatten(1)
 
             def factors(block: slice) -> tuple[Tensor, Tensor]:
-                sides = standardized(block)
-                s, t = sides[side], sides[1 - side]
+                t = scaled_rest(1 - side, block, other)
                 if known:
-                    u, along = s - t, half[:, block]
-                else:
-                    u = s - t if by_position is None else scaled(s - t, by_position[:, None])
-                    along = (u * s).mean(OVER_POSITIONS, keepdim=True)
-                    u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
-                factor = weighted[:, block, None, None] * inverse[:, block]
-                return less(u, scaled(s, along)), factor
+                    s = scaled_rest(side, block, inverse * correlation)
+                    return less(s, t), factor[:, block, None, None]
+                s = scaled_rest(side, block, inverse)
+                u = s - t if by_position is None else scaled(s - t, by_position[:, None])
+                along = (u * s).mean(OVER_POSITIONS, keepdim=True)
+                u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
+                return less(u, scaled(s, along)), factor[:, block, None, None]
 
             return product((a, b)[side], factors)
 
@@ -93,7 +94,7 @@ class _CorrelationDistance(torch.autograd.Function):
         to_b = gradient(1) if ctx.needs_input_grad[1] else None
         to_position = to_channel = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            s, t = standardized(slice(None))
+            s, t = (scaled_rest(side, slice(None), inverses[side]) for side in (0, 1))
             square = (s - t).square() / 2
             if ctx.needs_input_grad[2]:
                 to_position = (square * weighted[:, :, None, None]).sum(1)

@@ -109,8 +109,20 @@ def admit(
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)
     require_same_device(names[0], student, names[1], teacher)
     require_same_batch(names[0], student, names[1], teacher)
-    # torch 2.4 compiles no iteration over parameters, and has an error of its own there.
+    # The compiler has an error of its own there.
     if loss is not None and not torch.compiler.is_compiling():
-        weight = next(loss.parameters(), student)
-        require_same_device(names[0], student, "loss", weight)
+        weight = _first_parameter(loss)
+        require_same_device(names[0], student, "loss", student if weight is None else weight)
     return savable(student), savable(teacher.detach())
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """Not by `parameters()`, which walks all of the module: as long as a small map's distance."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None

@@ -33,8 +33,10 @@ def savable(tensor: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> Any:
     """A context in which matrix products and convolutions on `tensor`'s device are not autocast."""
     device = tensor.device.type
-    # The meta device has no autocast.
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    # The meta device has no autocast, and to enter the context takes longer than a small product.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def norm_per_image(x: Tensor) -> Tensor:

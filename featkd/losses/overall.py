@@ -197,7 +197,8 @@ class FeatureDistillationLoss(nn.Module):
             losses[_module_name(level)]._of_pair(*pair, maps.get(level))  # type: ignore[operator]
             for level, pair in pairs.items()
         ]
-        return float(weight) * torch.stack(values).sum(0)
+        total = torch.stack(values).sum(0) if len(values) > 1 else values[0]
+        return float(weight) * total
 
     def _levels_of(self, name: str, features: Features) -> Mapping[str, Tensor]:
         if self.single:
