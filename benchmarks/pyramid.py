@@ -19,14 +19,19 @@ Maps = dict[str, Tensor]
 Sizes = tuple[tuple[int, int], ...]
 Level = Callable[[nn.ModuleDict, Tensor, Tensor], Tensor]
 
-CHANNELS = 256
-# Images in the batch, and H x W of P3 to P7.
+# Images in the batch, channels, and H x W of P3 to P7.
 BATCHES = {
-    "8 x 320 x 320": (8, ((40, 40), (20, 20), (10, 10), (5, 5), (3, 3))),
-    "2 x 800 x 1216": (2, ((100, 152), (50, 76), (25, 38), (13, 19), (7, 10))),
+    "8 x 320 x 320": (8, 256, ((40, 40), (20, 20), (10, 10), (5, 5), (3, 3))),
+    "2 x 800 x 1216": (2, 256, ((100, 152), (50, 76), (25, 38), (13, 19), (7, 10))),
 }
-TINY = {"1 x 64 x 64": (1, ((8, 8), (4, 4)))}
-COLUMNS = {"batch": "", "preset": "", "form": "", "ms": ".1f", "times plain": ".2f"}
+# One level, of which a call takes a few milliseconds or less: many calls, not compiled.
+SMALL = {
+    "8 x 256 x 13 x 21": (8, 256, ((13, 21),)),
+    "2 x 64 x 24 x 24": (2, 64, ((24, 24),)),
+    "1 x 8 x 4 x 4": (1, 8, ((4, 4),)),
+}
+TINY = {"1 x 64 x 64": (1, 256, ((8, 8), (4, 4)))}
+COLUMNS = {"batch": "", "preset": "", "form": "", "ms": ".2f", "times plain": ".2f"}
 COLUMNS |= {"peak maps": ".2f"}
 
 
@@ -47,29 +52,37 @@ def normalized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tenso
     return featkd.NORMALIZED.beta * (plain.masked_energy(adapted, teacher, *masks) / size).mean()
 
 
-def fpn_outputs(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
-    settings = featkd.FPN_OUTPUTS
+def transfer(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
     adapters = layers["attention_transfer"]
     spatial = adapters["spatial_adapter"](student.abs().mean(1, True)) - teacher.abs().mean(1, True)
     channel = adapters["channel_adapter"](student.abs().mean((2, 3))) - teacher.abs().mean((2, 3))
-    transfer = spatial.flatten(1).norm(dim=1).mean() + channel.norm(dim=1).mean()
+    return spatial.flatten(1).norm(dim=1).mean() + channel.norm(dim=1).mean()
 
+
+def masked(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
     adapted = layers["attention_masked"]["adapter"](student)
     with torch.no_grad():
-        masks = plain.masks(student, teacher, settings.temperature)
-    masked = plain.masked_energy(adapted, teacher, *masks).sqrt().mean()
+        masks = plain.masks(student, teacher, featkd.FPN_OUTPUTS.temperature)
+    return plain.masked_energy(adapted, teacher, *masks).sqrt().mean()
 
+
+def non_local(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
     blocks = layers["non_local"]
     ours = blocks["adapter"](relation(blocks["student_relation"], student))
     with torch.no_grad():
         theirs = relation(blocks["teacher_relation"], teacher)
-    non_local = (ours - theirs).flatten(1).norm(dim=1).mean()
-    return settings.alpha * transfer + settings.beta * masked + settings.gamma * non_local
+    return (ours - theirs).flatten(1).norm(dim=1).mean()
 
 
 def relation(block: nn.ModuleDict, features: Tensor) -> Tensor:
     theta, phi, g = (block[name](features) for name in ("theta", "phi", "g"))
     return plain.relation(featkd.FPN_OUTPUTS.kind, theta, phi, g).reshape(g.shape)
+
+
+def fpn_outputs(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
+    settings, given = featkd.FPN_OUTPUTS, (layers, student, teacher)
+    total = settings.alpha * transfer(*given) + settings.beta * masked(*given)
+    return total + settings.gamma * non_local(*given)
 
 
 PRESETS: dict[str, Level] = {
@@ -80,18 +93,12 @@ PRESETS: dict[str, Level] = {
 
 
 class Plain(nn.Module):
-    """A formula at every level, with torch's own layers in the place of the adapters of `loss`."""
+    """A formula at every level, with torch's own layers."""
 
-    def __init__(self, formula: Level, loss: featkd.FeatureDistillationLoss) -> None:
+    def __init__(self, formula: Level, channels: dict[str, int]) -> None:
         super().__init__()
         self.formula = formula
-        self.levels = nn.ModuleDict()
-        for level, (channels, _) in loss.channels.items():
-            self.levels[level] = layers(channels, channels // 2)
-            for term, modules in self.levels[level].items():
-                ours = getattr(loss, term)
-                if ours:
-                    modules.load_state_dict(ours[level].state_dict())
+        self.levels = nn.ModuleDict({k: layers(width, width // 2) for k, width in channels.items()})
 
     def forward(self, student: Maps, teacher: Maps) -> Tensor:
         return sum(self.formula(self.levels[k], student[k], teacher[k]) for k in student)
@@ -119,7 +126,12 @@ def layers(channels: int, width: int) -> nn.ModuleDict:
 def both(preset: str, channels: dict[str, int]) -> tuple[nn.Module, nn.Module]:
     """The preset written plainly and featkd's, with the same parameters."""
     loss = featkd.FeatureDistillationLoss(channels, channels, getattr(featkd, preset))
-    return Plain(PRESETS[preset], loss), loss
+    plainly = Plain(PRESETS[preset], channels)
+    for level, terms in plainly.levels.items():
+        for term, modules in terms.items():
+            if ours := getattr(loss, term):
+                modules.load_state_dict(ours[level].state_dict())
+    return plainly, loss
 
 
 def step(loss: nn.Module, student: Maps, teacher: Maps) -> Callable[[], None]:
@@ -148,10 +160,10 @@ def adapters(loss: Plain, student: Maps, gradients: Maps) -> Callable[[], None]:
     return run
 
 
-def features(images: int, sizes: Sizes, device: torch.device) -> tuple[Maps, Maps]:
+def features(images: int, channels: int, sizes: Sizes, device: torch.device) -> tuple[Maps, Maps]:
     def maps() -> Maps:
         return {
-            f"p{level}": torch.randn(images, CHANNELS, *size, device=device)
+            f"p{level}": torch.randn(images, channels, *size, device=device)
             for level, size in enumerate(sizes, start=3)
         }
 
@@ -162,7 +174,7 @@ def features(images: int, sizes: Sizes, device: torch.device) -> tuple[Maps, Map
 def forms(
     preset: str, student: Maps, teacher: Maps, device: torch.device, compiled: bool
 ) -> dict[str, Callable[[], None]]:
-    losses = both(preset, dict.fromkeys(student, CHANNELS))
+    losses = both(preset, {level: x.shape[1] for level, x in student.items()})
     plainly, ours = (loss.to(device) for loss in losses)
     runs = {"plain": step(plainly, student, teacher)}
     if not compiled:
@@ -179,12 +191,12 @@ def measure(
     device: torch.device, quick: bool, compiled: bool, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """The eager forms of all first: what is compiled takes its time."""
-    batches = TINY if quick else BATCHES
     for compiling in (False, True) if compiled else (False,):
+        batches = TINY if quick else BATCHES if compiling else BATCHES | SMALL
         for preset, (batch, shape) in itertools.product(PRESETS, batches.items()):
             student, teacher = features(*shape, device)
             runs = forms(preset, student, teacher, device, compiling)
-            found = interleaved(runs, device, rounds)
+            found = interleaved(runs, device, 20 * rounds if batch in SMALL else rounds)
             times = {form: spread(t) for form, t in found.items()}
             size = sum(x.nbytes for x in teacher.values())
             plainly = times["plain"]["median"]

@@ -3,13 +3,14 @@
 python -m tests.contract.test_operations
 """
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import featkd
-from benchmarks import plain
+from benchmarks import pyramid
 
 CHANNELS, SHAPE = 8, (2, 8, 6, 5)
 
@@ -25,9 +26,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(loss, levels=()):
+def counted(loss, levels=None):
     """Operations forward and backward of a loss of a student's and a teacher's features."""
-    loss.zero_grad()
     student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     if levels:
         student, teacher = dict.fromkeys(levels, student), dict.fromkeys(levels, teacher)
@@ -39,113 +39,50 @@ def counted(loss, levels=()):
     return forward.count, backward.count
 
 
-class Plain(nn.Module):
-    """The formulas with adapters, as one would write them."""
-
-    def __init__(self, formula) -> None:
-        super().__init__()
-        self.formula = formula
-        self.features = nn.Conv2d(CHANNELS, CHANNELS, 1)
-        self.spatial, self.channel = (
-            nn.Conv2d(1, 1, 3, padding=1),
-            nn.Linear(CHANNELS, CHANNELS),
-        )
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS // 2, 1) for _ in range(3)) for _ in range(2)
-        )
-        self.blocks[1].requires_grad_(False)
-        self.relation = nn.Conv2d(CHANNELS // 2, CHANNELS // 2, 1)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.formula(self, student, teacher)
-
-
-def transfer(self, student, teacher):
-    spatial = self.spatial(student.abs().mean(1, keepdim=True)) - teacher.abs().mean(1, True)
-    channel = self.channel(student.abs().mean((2, 3))) - teacher.abs().mean((2, 3))
-    return spatial.flatten(1).norm(dim=1).mean() + channel.norm(dim=1).mean()
-
-
-def masked(self, student, teacher):
-    with torch.no_grad():
-        spatial, channel = plain.masks(student, teacher, 0.5)
-    square = (teacher - self.features(student)) ** 2
-    square = square * spatial[:, None] * channel[:, :, None, None]
-    return square.sum((1, 2, 3)).sqrt().mean()
-
-
-def standardized(self, student, teacher):
-    def of(x):
-        rest = x - x.mean((2, 3), keepdim=True)
-        return rest / (rest.square().mean((2, 3), keepdim=True).sqrt() + 1e-6)
-
-    return (of(self.features(student)) - of(teacher)).square().mean() / 2
-
-
-def non_local(self, student, teacher):
-    def of(layers, x):
-        return plain.relation("dot_product", *(layer(x) for layer in layers))
-
-    ours, theirs = (of(*pair) for pair in zip(self.blocks, (student, teacher), strict=True))
-    ours = self.relation(ours.reshape(len(ours), -1, *SHAPE[2:])).flatten(2)
-    return (ours - theirs).flatten(1).norm(dim=1).mean()
-
-
 # At most the plain formulas', but for the masks: their four maps are each less its largest element.
 MORE = {"L_AM": 7}
 TERMS = {
-    "L_AT": (featkd.AttentionTransferLoss(CHANNELS, CHANNELS), transfer),
-    "L_AM": (featkd.AttentionMaskedLoss(CHANNELS, CHANNELS, temperature=0.5), masked),
+    "L_AT": (featkd.AttentionTransferLoss, {}, pyramid.transfer),
+    "L_AM": (featkd.AttentionMaskedLoss, {"temperature": 4.0}, pyramid.masked),
     "L_AM, standardised": (
-        featkd.AttentionMaskedLoss(CHANNELS, CHANNELS, temperature=None, standardize=True),
-        standardized,
+        featkd.AttentionMaskedLoss,
+        {"temperature": None, "standardize": True},
+        pyramid.standardized,
     ),
-    "L_NLD": (featkd.NonLocalLoss(CHANNELS, CHANNELS, kind="dot_product"), non_local),
+    "L_NLD": (featkd.NonLocalLoss, {"kind": "dot_product"}, pyramid.non_local),
 }
+
+
+def counts_of(term):
+    loss, options, formula = TERMS[term]
+    plain = partial(formula, pyramid.layers(CHANNELS, CHANNELS // 2))
+    return counted(loss(CHANNELS, CHANNELS, **options)), counted(plain)
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_takes_no_more_operations_than_its_plain_formula(term):
-    loss, formula = TERMS[term]
-    assert sum(counted(loss)) <= sum(counted(Plain(formula))) + MORE.get(term, 0)
-
-
-class PlainPyramid(nn.Module):
-    def __init__(self, formulas) -> None:
-        super().__init__()
-        self.levels = nn.ModuleDict(
-            {level: nn.ModuleList(map(Plain, formulas)) for level in PYRAMID}
-        )
-
-    def forward(self, student, teacher) -> Tensor:
-        terms = ((level, term) for level, terms in self.levels.items() for term in terms)
-        return sum(term(student[level], teacher[level]) for level, term in terms)
+    ours, plain = counts_of(term)
+    assert sum(ours) <= sum(plain) + MORE.get(term, 0)
 
 
 PYRAMID = ("p3", "p4", "p5", "p6", "p7")
-WHOLE = {
-    name: (
-        featkd.FeatureDistillationLoss(
-            *(dict.fromkeys(PYRAMID, CHANNELS) for _ in range(2)), getattr(featkd, name)
-        ),
-        PlainPyramid(formulas),
-    )
-    for name, formulas in {
-        "STANDARDIZED": [standardized],
-        "FPN_OUTPUTS": [transfer, masked, non_local],
-    }.items()
-}
+WHOLE = ("STANDARDIZED", "FPN_OUTPUTS")
+
+
+def counts_of_pyramid(preset):
+    plain, ours = pyramid.both(preset, dict.fromkeys(PYRAMID, CHANNELS))
+    return counted(ours, PYRAMID), counted(plain, PYRAMID)
 
 
 @pytest.mark.parametrize("preset", WHOLE)
 def test_five_levels_take_fewer_operations_than_the_plain_formulas(preset):
-    loss, formulas = WHOLE[preset]
-    assert sum(counted(loss, PYRAMID)) < sum(counted(formulas, PYRAMID))
+    ours, plain = counts_of_pyramid(preset)
+    assert sum(ours) < sum(plain)
 
 
 if __name__ == "__main__":
-    for name, (loss, formula) in TERMS.items():
-        print(f"{name:20} featkd {counted(loss)}  plain {counted(Plain(formula))}")
-    for name, (loss, formulas) in WHOLE.items():
-        found, plain_count = counted(loss, PYRAMID), counted(formulas, PYRAMID)
-        print(f"{name:20} featkd {found}  plain {plain_count}, five levels")
+    for name, (ours, plain) in {
+        **{term: counts_of(term) for term in TERMS},
+        **{f"{preset}, five levels": counts_of_pyramid(preset) for preset in WHOLE},
+    }.items():
+        print(f"{name:25} featkd {ours}  plain {plain}")
