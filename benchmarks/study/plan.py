@@ -20,6 +20,7 @@ from benchmarks.study.settings import (
     LOSES_AT_FPN,
     MASKS,
     NEEDS_RELU,
+    ON_PICTURES,
     OPEN,
     PRESETS,
     PRESETS_AT_STAGES,
@@ -221,6 +222,7 @@ def secondary_runs(
     data: Data = MAIN,
     detector: str = "fcos",
     students: Sequence[Shape | str] = (STUDENT,),
+    steps: int = 600,
 ) -> Callable[[Iterable[Line]], list[Run]]:
     """featkd at several settings, one detector and fewer seeds."""
 
@@ -228,7 +230,7 @@ def secondary_runs(
         result = []
         for seed in seeds:
             for student in students:
-                plain = plain_run(detector, seed, data, student=student)
+                plain = plain_run(detector, seed, data, steps, student)
                 result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
         return result
 
@@ -253,6 +255,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "sparse": sparse_runs,
     "pictures": picture_runs,
     "pasted": pasted_runs,
+    "picture_terms": secondary_runs(
+        ON_PICTURES, PICTURE_TEACHERS, data=PICTURES, steps=PICTURE_STEPS
+    ),
     "plateau": plateau_runs,
     "steadiness": on_every_detector(STEADINESS, SECONDARY_SEEDS, SCENES),
     "mask": on_every_detector(MASKS, TUNE_SEEDS, SPARSE_TUNE),

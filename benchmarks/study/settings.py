@@ -212,6 +212,18 @@ SCHEDULES = [
 ]
 # What a perfect mask would bring, and the paper's in its place.
 TRUE_BOXES = [STANDARDIZED | FPN, STANDARDIZED | FPN | {"masks": "boxes"}, *SPATIAL_MASK]
+# Terms and masks on real pictures, with the perfect mask.
+ON_PICTURES = [
+    STANDARDIZED | FPN,
+    settings_of(featkd.STANDARDIZED, beta=0.0, gamma=4.0) | FPN,
+    settings_of(featkd.STANDARDIZED, beta=2.0, gamma=2.0) | FPN,
+    settings_of(featkd.STANDARDIZED, alpha=0.4) | FPN,
+    *(
+        settings_of(featkd.STANDARDIZED, temperature=2.0, masked_attention=part) | FPN
+        for part in ("spatial", "channel", "both")
+    ),
+    STANDARDIZED | FPN | {"masks": "boxes"},
+]
 # The printed form's weights, tuned for each detector and from the gradients of one batch.
 BY_GRADIENT = [
     *(
