@@ -28,8 +28,11 @@ ONE_DETECTOR = {
     "teacher_relation",
     "scale_free",
     "schedules",
+    "picture_terms",
     "ten_seeds",
 }
+# featkd's settings on every detector, each beside the plain student.
+SETTINGS = {"mask", "true_boxes", "by_gradient"}
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
@@ -61,7 +64,7 @@ def write(file: Path) -> None:
             parts.append(against_first(found))
         if name == "masks":
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
-        if name == "mask":
+        if name in SETTINGS:
             parts.append(gains_table(*contestants(found, {})))
         if name in GAINS:
             tuned = best(lines_of(tap_runs(lines), lines)) if name == "main" else {}

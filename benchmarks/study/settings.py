@@ -66,18 +66,15 @@ AT_FPN = [
     ),
 ]
 STANDARDIZED = settings_of(featkd.STANDARDIZED)
-# The paper's spatial mask in that form; of 8 standard deviations it is mild.
-SPATIAL_MASK = [
-    settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention="spatial") | FPN
-    for temperature in (8.0, 2.0)
-]
-MASKS = [
-    STANDARDIZED | FPN,
-    *(
-        settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention="spatial") | FPN
-        for temperature in (2.0, 4.0, 8.0, 16.0)
-    ),
-]
+
+
+def with_mask(temperature: float, part: str = "spatial") -> dict[str, Any]:
+    """The paper's mask in that form; of 8 standard deviations it is mild."""
+    preset = featkd.STANDARDIZED
+    return settings_of(preset, temperature=temperature, masked_attention=part) | FPN
+
+
+MASKS = [STANDARDIZED | FPN, *map(with_mask, (2.0, 4.0, 8.0, 16.0))]
 PRESETS_AT_STAGES = [settings_of(featkd.NORMALIZED), settings_of(featkd.ONE_STAGE)]
 ABLATION = [
     with_terms(TWO_STAGE, *names) | FPN
@@ -183,7 +180,7 @@ UNTUNED = [
     STANDARDIZED,
     FPN_OUTPUTS,
     *PRESETS_AT_STAGES,
-    SPATIAL_MASK[0],
+    with_mask(8.0),
 ]
 STEADINESS = [
     settings_of(featkd.STANDARDIZED, beta=factor * featkd.STANDARDIZED.beta) | FPN
@@ -198,11 +195,7 @@ SCALE_FREE = [
     ),
     settings_of(featkd.STANDARDIZED, beta=2.0, gamma=2.0) | FPN,
     *(settings_of(featkd.STANDARDIZED, alpha=alpha) | FPN for alpha in (0.1, 0.4)),
-    *(
-        settings_of(featkd.STANDARDIZED, temperature=temperature, masked_attention=part) | FPN
-        for part in ("spatial", "channel", "both")
-        for temperature in (2.0, 8.0)
-    ),
+    *(with_mask(value, part) for part in ("spatial", "channel", "both") for value in (2.0, 8.0)),
 ]
 # The default under the schedules of later recipes, and with its levels weighed by their positions.
 SCHEDULES = [
@@ -211,17 +204,18 @@ SCHEDULES = [
     STANDARDIZED | FPN | {"levels": "positions"},
 ]
 # What a perfect mask would bring, and the paper's in its place.
-TRUE_BOXES = [STANDARDIZED | FPN, STANDARDIZED | FPN | {"masks": "boxes"}, *SPATIAL_MASK]
+TRUE_BOXES = [
+    STANDARDIZED | FPN,
+    STANDARDIZED | FPN | {"masks": "boxes"},
+    *map(with_mask, (8.0, 2.0)),
+]
 # Terms and masks on real pictures, with the perfect mask.
 ON_PICTURES = [
     STANDARDIZED | FPN,
     settings_of(featkd.STANDARDIZED, beta=0.0, gamma=4.0) | FPN,
     settings_of(featkd.STANDARDIZED, beta=2.0, gamma=2.0) | FPN,
     settings_of(featkd.STANDARDIZED, alpha=0.4) | FPN,
-    *(
-        settings_of(featkd.STANDARDIZED, temperature=2.0, masked_attention=part) | FPN
-        for part in ("spatial", "channel", "both")
-    ),
+    *(with_mask(2.0, part) for part in ("spatial", "channel", "both")),
     STANDARDIZED | FPN | {"masks": "boxes"},
 ]
 # The printed form's weights, tuned for each detector and from the gradients of one batch.
