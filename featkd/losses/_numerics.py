@@ -33,10 +33,12 @@ def savable(tensor: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> Any:
     """A context in which matrix products and convolutions on `tensor`'s device are not autocast."""
     device = tensor.device.type
-    # The meta device has no autocast, and to enter the context takes longer than a small product.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    # The meta device has no autocast. In eager, to enter the context outlasts a small product; an
+    # exported program needs it, as it may run under autocast.
+    idle = device == "meta" or not (
+        torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
+    )
+    return nullcontext() if idle else torch.autocast(device, enabled=False)
 
 
 def norm_per_image(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._export.verifier import SpecViolationError
 
 import featkd
 from tests.helpers.cases import CASES
@@ -118,6 +119,21 @@ def test_autocast_changes_nothing():
         value = compiled(*features)
     assert value.dtype == torch.float32
     close(value, expected, 1e-6)
+
+
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.4."),
+    raises=SpecViolationError,
+    strict=True,
+    reason="this torch exports no region without autocast",
+)
+def test_autocast_changes_nothing_of_an_exported_loss():
+    module = featkd.AttentionMaskedLoss(4, 6, temperature=0.5)
+    features = normal(2, 4, 3, 5, seed=1).float(), normal(2, 6, 3, 5, seed=2).float()
+    exported = torch.export.export(module, features).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = exported(*features)
+    close(value, module(*features), 1e-6)
 
 
 def test_bad_input_is_reported_by_the_compiled_function_too():
