@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.cells import OURS, PLAIN, Interval, cells, facts, interval, rows, varying
 from benchmarks.study.runs import Line
-from benchmarks.study.tables import differences
+from benchmarks.study.tables import gains_by_method
 
 
 def sweeps(lines: Iterable[Line]) -> dict[str, list[tuple[Any, list[Line]]]]:
@@ -56,23 +56,18 @@ def gains_plot(
     ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]], file: Path
 ) -> None:
     """Gains over the plain student with their intervals; featkd's as squares."""
-    series = [
-        (name, marker, differences(lines, others[PLAIN]))
-        for marker, group in (("s", ours), ("o", others))
-        for name, lines in group.items()
-        if name != PLAIN
-    ]
-    places = list(dict.fromkeys(place for _, _, gains in series for place in gains))
+    series = gains_by_method(ours, others)
+    places = list(dict.fromkeys(place for gains in series.values() for place in gains))
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    for index, (name, marker, gains) in enumerate(series):
+    for index, (name, gains) in enumerate(series.items()):
         shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
         at = [places.index(place) + shift for place in gains]
         means, halves = (
             [each.mean for each in gains.values()],
             [each.half for each in gains.values()],
         )
-        axes.errorbar(at, means, halves, fmt=marker, capsize=3, label=name)
+        axes.errorbar(at, means, halves, fmt="s" if name in ours else "o", capsize=3, label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set_xticks(range(len(places)), places)
     axes.set_ylabel("gain over the plain student, AP points")

@@ -84,17 +84,26 @@ def differences(lines: Iterable[Line], rivals: Iterable[Line]) -> dict[str, Inte
     return {name: interval(found) for name, found in gains.items() if found}
 
 
-def gains_table(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]) -> str:
-    """A table: AP of each less the plain student's."""
+def gains_by_method(
+    ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]
+) -> dict[str, dict[str, Interval]]:
+    """Over the plain student, by detector and in the mean; by name of what is compared."""
     found = {
         name: differences(lines, others[PLAIN])
         for name, lines in (*ours.items(), *others.items())
         if name != PLAIN
     }
-    columns = list(dict.fromkeys(column for each in found.values() for column in each))
+    places = {place for gains in found.values() for place in gains}
     for gains in found.values():
-        if len(gains) < len(columns):  # the mean over some detectors is none to compare
+        if len(gains) < len(places):  # the mean over some detectors is none to compare
             del gains["mean"]
+    return found
+
+
+def gains_table(ours: Mapping[str, list[Line]], others: Mapping[str, list[Line]]) -> str:
+    """A table: AP of each less the plain student's."""
+    found = gains_by_method(ours, others)
+    columns = list(dict.fromkeys(column for each in found.values() for column in each))
     return compared("method", columns, list(found.items()))
 
 
