@@ -10,7 +10,14 @@ from torchvision.models import detection, get_model_weights, list_models
 import featkd
 from benchmarks.study.coco.data import HELD_OUT, TRAIN
 from benchmarks.study.runs import Run, Teacher, teacher_of
-from benchmarks.study.settings import CANDIDATES, FPN, LOSES_AT_FPN, NEEDS_RELU, settings_of
+from benchmarks.study.settings import (
+    CANDIDATES,
+    FPN,
+    LOSES_AT_FPN,
+    NEEDS_RELU,
+    STANDARDIZED,
+    settings_of,
+)
 
 BACKBONE_WEIGHTS = "IMAGENET1K_V1"
 # A builder of torchvision's, and its weights' name or None.
@@ -43,7 +50,7 @@ SETTINGS = {
         method: candidates[1] | ({} if method in LOSES_AT_FPN | NEEDS_RELU else FPN)
         for method, candidates in CANDIDATES.items()
     },
-    "featkd": settings_of(featkd.FPN_OUTPUTS) | FPN,
+    "featkd": STANDARDIZED | FPN,
 }
 
 

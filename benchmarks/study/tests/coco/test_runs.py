@@ -1,11 +1,13 @@
 """What is run on COCO."""
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import pytest
 from torchvision.models import get_model_weights
 
+import featkd
 from benchmarks.study.coco import __main__ as job
 from benchmarks.study.coco.runs import DETECTORS, SETTINGS, Data, file_name, learning_rate, planned
 from benchmarks.study.runs import Run, teacher_of
@@ -54,6 +56,13 @@ def test_a_run_names_builders_weights_and_everything_else_that_decides_its_resul
     assert random.student[1] is random.teacher.shape[1] is None
     assert len({each.identity for each in (run, halved, other, random)}) == 4
     assert len({file_name(each) for each in (run, halved, other, random)}) == 4
+
+
+def test_featkd_s_setting_is_the_loss_s_own_default_at_the_fpn() -> None:
+    own = signature(featkd.FeatureDistillationLoss).parameters["hyperparameters"].default
+    settings = dict(SETTINGS["featkd"])
+    assert settings.pop("taps") == "fpn"
+    assert featkd.Hyperparameters(**settings) == own
 
 
 def test_every_default_teacher_is_better_than_the_student_that_torchvision_has_released() -> None:
