@@ -13,7 +13,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import featkd
 
-PRESETS = ("NORMALIZED", "TWO_STAGE", "ONE_STAGE", "RELEASED_TWO_STAGE", "RELEASED_ONE_STAGE")
+PRESETS = ("STANDARDIZED", "TWO_STAGE", "ONE_STAGE", "RELEASED_TWO_STAGE", "RELEASED_ONE_STAGE")
 TITLES = ("ranks", "", "communicated", "parameters", "gradients", "AdamW", "teacher", "held")
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     add = parser.add_argument
     add("--student", default="fasterrcnn_resnet50_fpn", help="a ResNet detector of torchvision")
     add("--teacher", default="resnet101", help="the ResNet under the teacher's FPN")
-    add("--preset", choices=PRESETS, default="NORMALIZED")
+    add("--preset", choices=PRESETS, default="STANDARDIZED")
     add("--ranks", type=int, nargs="+", default=[2, 8, 64, 512])
     add("--bf16-teacher", action="store_true")
     options = parser.parse_args()

@@ -24,6 +24,7 @@ ALL_TERMS = featkd.Hyperparameters(1.0, 1.0, 1.0, 0.5, normalize=True)
 OUTPUTS = {f"p{i}": f"backbone[{i}]" for i in range(3)}
 # What is distilled: weights, taps and their channels.
 DISTILLED = {
+    "STANDARDIZED": (featkd.STANDARDIZED, OUTPUTS, dict.fromkeys(OUTPUTS, 256)),
     "FPN_OUTPUTS": (featkd.FPN_OUTPUTS, OUTPUTS, dict.fromkeys(OUTPUTS, 256)),
     "NORMALIZED, stages": (featkd.NORMALIZED, LAYERS, CHANNELS),
     "all terms, stages": (ALL_TERMS, LAYERS, CHANNELS),
