@@ -73,16 +73,14 @@ class _CorrelationDistance(torch.autograd.Function):
 
         def gradient(side: int) -> Tensor:
             inverse, other = inverses[side], inverses[1 - side]
-            # 0 beside a constant, with which nothing correlates.
-            correlation = (other.sign() + 1 - energy) / 2
             factor = weighted * inverse.flatten(1)
+            # The correlation is 0 beside a constant.
+            scale = inverse * (other.sign() + 1 - energy) / 2 if known else inverse
 
             def factors(block: slice) -> tuple[Tensor, Tensor]:
-                t = scaled_rest(1 - side, block, other)
+                s, t = scaled_rest(side, block, scale), scaled_rest(1 - side, block, other)
                 if known:
-                    s = scaled_rest(side, block, inverse * correlation)
                     return less(s, t), factor[:, block, None, None]
-                s = scaled_rest(side, block, inverse)
                 u = s - t if by_position is None else scaled(s - t, by_position[:, None])
                 along = (u * s).mean(OVER_POSITIONS, keepdim=True)
                 u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
