@@ -35,13 +35,17 @@ COLUMNS = {"batch": "", "preset": "", "form": "", "ms": ".2f", "times plain": ".
 COLUMNS |= {"peak maps": ".2f"}
 
 
-def standardized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
+def correlation(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
     def of(x: Tensor) -> Tensor:
         rest = x - x.mean((2, 3), keepdim=True)
         return rest / (rest.square().mean((2, 3), keepdim=True).sqrt() + 1e-6)
 
     adapted = layers["attention_masked"]["adapter"](student)
-    return featkd.STANDARDIZED.beta * (of(adapted) - of(teacher)).square().mean() / 2
+    return (of(adapted) - of(teacher)).square().mean() / 2
+
+
+def standardized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
+    return featkd.STANDARDIZED.beta * correlation(layers, student, teacher)
 
 
 def normalized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 python -m tests.contract.test_operations
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ TERMS = {
     "L_AM, standardised": (
         featkd.AttentionMaskedLoss,
         {"temperature": None, "standardize": True},
-        pyramid.standardized,
+        pyramid.correlation,
     ),
     "L_NLD": (featkd.NonLocalLoss, {"kind": "dot_product"}, pyramid.non_local),
 }
@@ -66,12 +67,18 @@ def test_a_term_takes_no_more_operations_than_its_plain_formula(term):
 
 
 PYRAMID = ("p3", "p4", "p5", "p6", "p7")
-WHOLE = ("STANDARDIZED", "FPN_OUTPUTS")
+WHOLE = {
+    "STANDARDIZED": [pyramid.correlation],
+    "FPN_OUTPUTS": [pyramid.transfer, pyramid.masked, pyramid.non_local],
+}
 
 
 def counts_of_pyramid(preset):
-    plain, ours = pyramid.both(preset, dict.fromkeys(PYRAMID, CHANNELS))
-    return counted(ours, PYRAMID), counted(plain, PYRAMID)
+    """The plain terms without their weights."""
+    channels = dict.fromkeys(PYRAMID, CHANNELS)
+    loss = featkd.FeatureDistillationLoss(channels, channels, getattr(featkd, preset))
+    plain = pyramid.Plain(lambda *given: reduce(add, (f(*given) for f in WHOLE[preset])), channels)
+    return counted(loss, PYRAMID), counted(plain, PYRAMID)
 
 
 @pytest.mark.parametrize("preset", WHOLE)
