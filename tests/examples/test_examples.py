@@ -235,7 +235,6 @@ def test_a_coco_folder_with_a_given_teacher(detector: str, tmp_path: Path, capsy
 # The second process dies in the last step of all; each notes the steps that it has begun.
 DYING_WORKER = """
 import os, signal, sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from examples.detection import training
