@@ -72,19 +72,25 @@ def describe(name: str, data: Dataset[Any], classes: Sequence[str]) -> str:
     generator = torch.Generator().manual_seed(0)
     looked_at = torch.randperm(len(data), generator=generator)[:LOOKED_AT].tolist()
     widths, heights, sides, counts = [], [], [], Counter[str]()
-    empty = 0
+    empty = inside = 0
     for i in looked_at:
         image, target = data[i]
         heights.append(image.shape[-2])
         widths.append(image.shape[-1])
         boxes = target["boxes"].as_subclass(torch.Tensor)
         sides += (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().tolist()
+        covered = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        for left, top, right, bottom in boxes.round().long().tolist():
+            covered[top:bottom, left:right] = True
+        inside += int(covered.sum())
         counts.update(classes[label] for label in target["labels"].tolist())
         empty += not len(boxes)
+    pixels = sum(width * height for width, height in zip(widths, heights, strict=True))
     lines = [
         f"{name}: {len(data):,} pictures; of {len(looked_at)} of them:",
         f"width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)} pixels",
-        f"{len(sides)} boxes, and {empty} pictures without one",
+        f"{len(sides)} boxes with {100 * inside / pixels:.1f} % of the pixels, "
+        f"and {empty} pictures without one",
         "boxes by class: " + ", ".join(f"{kind} {counts[kind]}" for kind in classes[1:]),
     ]
     if sides:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples.detection.__main__ import main, parse
+from examples.detection.dry_run import describe
 from examples.detection.lite0 import packages
 from examples.detection.models import new_detector
 from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
@@ -65,6 +66,16 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
     assert "start anew: head.classification_head.cls_logits.weight" in capsys.readouterr().out
     with pytest.raises(JobError, match="must have the names of this model's weights"):
         new_detector(parse(["--student-weights", file]), "student", 3)
+
+
+def test_pixels_in_two_boxes_count_once() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 4.0], [5.0, 0.0, 10.0, 10.0]])
+    full = {"boxes": boxes, "labels": torch.tensor([1, 1])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    data = [(torch.zeros(3, 10, 20), full), (torch.zeros(3, 10, 10), empty)]
+    text = describe("held out", data, ("background", "thing"))
+    # 70 of 300 pixels.
+    assert "2 boxes with 23.3 % of the pixels, and 1 pictures without one" in text
 
 
 @pytest.mark.parametrize(
