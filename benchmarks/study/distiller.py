@@ -9,7 +9,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.methods.overhaul import move_last_relu
 from benchmarks.study.remembered import Remember, RememberedTeacher, recall
 from benchmarks.study.runs import Run
-from benchmarks.study.variants import featkd_loss
+from benchmarks.study.variants import OF_BOXES, featkd_loss
 
 
 def new_distiller(
@@ -26,7 +26,7 @@ def new_distiller(
     `remember(teacher, paths)` gives the teacher's features of the run's scenes.
     """
     loss = new_loss(run, channels, anchor_sizes)
-    if run.method == "fgfi" or run.hyperparameters.get("masks") == "boxes":
+    if run.method == "fgfi" or run.hyperparameters.get("masks") in OF_BOXES:
         loss.watch(student)
     if run.method == "overhaul":
         layers = {

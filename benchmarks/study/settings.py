@@ -206,7 +206,7 @@ SCHEDULES = [
 # What a perfect mask would bring, and the paper's in its place.
 TRUE_BOXES = [
     STANDARDIZED | FPN,
-    STANDARDIZED | FPN | {"masks": "boxes"},
+    *(STANDARDIZED | FPN | {"masks": masks} for masks in ("boxes", "near")),
     *map(with_mask, (8.0, 2.0)),
 ]
 # Terms and masks on real pictures, with the perfect mask.

@@ -4,7 +4,8 @@
 - `masks="live"`: L_AM's gradient flows into the masks too. `masks="spread"`: the temperature counts
   in standard deviations of each attention map. `masks="centred"`: attention is the magnitude of
   what a position's features differ by from the map's mean, channel by channel. `masks="boxes"`:
-  the positions in true boxes alone, for which the loss is to `watch` the student.
+  the positions in true boxes alone, for which the loss is to `watch` the student; `masks="near"`:
+  those of fine-grained imitation.
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
@@ -25,9 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import featkd
-from benchmarks.study.methods.fine_grained_imitation import SeenBoxes
+from benchmarks.study.methods.fine_grained_imitation import SeenBoxes, imitation_mask
 
 NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio", "total")
 Channels = Mapping[str, int]
@@ -52,13 +54,13 @@ def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: An
         loss = ByLevel(student, teacher, hyperparameters, by_positions)
     else:
         loss = featkd.FeatureDistillationLoss(student, teacher, hyperparameters=hyperparameters)
-    by_boxes = variants.get("masks") == "boxes"
-    if by_boxes:
+    of_boxes = OF_BOXES.get(variants.get("masks"))
+    if of_boxes:
         seen = SeenBoxes()
         loss.watch = lambda student: student.transform.register_forward_hook(seen)
     for module in loss.modules():
         if isinstance(module, featkd.AttentionMaskedLoss) and "masks" in variants:
-            masks = partial(box_masks, seen) if by_boxes else MASKS[variants["masks"]]
+            masks = partial(box_masks, seen, of_boxes) if of_boxes else MASKS[variants["masks"]]
             module._masks = MethodType(masks, module)
         if isinstance(module, featkd.NonLocalLoss) and "relation" in variants:
             tie_relation(module)
@@ -127,17 +129,31 @@ def inside(boxes: Tensor, image_size: tuple[int, int], height: int, width: int) 
     return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).any(2)
 
 
+def near(boxes: Tensor, image_size: tuple[int, int], height: int, width: int) -> Tensor:
+    """`(height, width)`: whether fine-grained imitation with the study's anchors takes it."""
+    stride = image_size[0] // height
+    ratios = (0.5, 1.0, 2.0)
+    generator = AnchorGenerator(((2.5 * stride, 3.5 * stride),), (ratios,))
+    generator.set_cell_anchors(torch.float32, boxes.device)
+    (flat,) = generator.grid_anchors([(height, width)], [(stride, image_size[1] // width)])
+    return imitation_mask(flat.view(height, width, -1, 4), boxes, psi=0.5)
+
+
+OF_BOXES = {"boxes": inside, "near": near}
+
+
 def box_masks(
     seen: SeenBoxes,
+    of_boxes: Callable[[Tensor, tuple[int, int], int, int], Tensor],
     loss: featkd.AttentionMaskedLoss,
     student: Tensor,
     adapted: Tensor,
     teacher: Tensor,
     maps: None,
 ) -> tuple[Tensor, None]:
-    """`(B, H, W)` of mean 1 in each image, 0 where no centre lies in a box."""
+    """`(B, H, W)` of mean 1 in each image, 0 where `of_boxes` is false."""
     size = teacher.shape[2:]
-    within = torch.stack([inside(boxes, seen.image_size, *size) for boxes in seen.boxes]).float()
+    within = torch.stack([of_boxes(boxes, seen.image_size, *size) for boxes in seen.boxes]).float()
     return within / within.mean((1, 2), keepdim=True).clamp(min=1 / size.numel()), None
 
 

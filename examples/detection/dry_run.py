@@ -49,6 +49,12 @@ def dry_run(options: argparse.Namespace, device: torch.device) -> None:
     (indices,) = batch_indices(len(data), options.batch_size, options.seed, 0, 1)
     batch = to_device(collate([data[i] for i in indices]), device)
     optimizer = torch.optim.AdamW(distiller.parameters())
+    # Before it: a process that is killed for its memory says nothing.
+    print(
+        f"\ntrying a step of {len(indices)} pictures of {options.size} pixels; should memory not "
+        "suffice, take a smaller --batch-size or --size",
+        flush=True,
+    )
     print(f"\none step of distillation:\n\n{distiller.report(*batch, optimizer=optimizer)}\n")
     steps = steps_of(options, len(data))
     print(budget(steps, options.batch_size, len(data)))

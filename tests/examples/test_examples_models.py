@@ -41,6 +41,7 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
         "boxes by class: tall 4, wide 5",
         "held out: 2 pictures",
         "p3     8       backbone[0]",
+        "trying a step of 2 pictures of 96 pixels; should memory not suffice",
         "loss_attention_masked",
         "steps of 2 of 10 pictures: teacher 2 (0.4 epochs), plain 2 (0.4 epochs), distilled 2",
         "s a step",

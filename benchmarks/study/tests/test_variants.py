@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 import featkd
+from benchmarks.study.methods.fine_grained_imitation import imitation_mask
 from benchmarks.study.settings import settings_of
-from benchmarks.study.variants import WEIGHTS, calibrate, featkd_loss, standard
+from benchmarks.study.train import ANCHOR_SIZES
+from benchmarks.study.variants import WEIGHTS, calibrate, featkd_loss, near, standard
 
 CHANNELS = {"c3": 3}, {"c3": 5}
 NORMALIZED = settings_of(featkd.NORMALIZED)
@@ -80,6 +83,19 @@ def test_a_mask_of_true_boxes_takes_the_positions_inside_equally() -> None:
     assert mask[0].flatten().tolist() == [0, 12, 12] + [0] * 21
     assert not mask[1].any()
     assert channels is None
+
+
+@pytest.mark.parametrize(("level", "stride"), list(enumerate((4, 8, 16))))
+def test_near_a_box_is_where_fine_grained_imitation_looks(level: int, stride: int) -> None:
+    boxes = torch.tensor([[20.0, 8.0, 34.0, 26.0], [3.0, 40.0, 20.0, 47.0]])
+    height, width = 48 // stride, 96 // stride
+    generator = AnchorGenerator((ANCHOR_SIZES[level],), ((0.5, 1.0, 2.0),))
+    generator.set_cell_anchors(torch.float32, torch.device("cpu"))
+    (anchors,) = generator.grid_anchors([(height, width)], [(stride, stride)])
+    expected = imitation_mask(anchors.view(height, width, -1, 4), boxes, 0.5)
+    assert torch.equal(near(boxes, (48, 96), height, width), expected)
+    assert 0 < expected.sum() < expected.numel()
+    assert not near(boxes[:0], (48, 96), height, width).any()
 
 
 def test_a_term_by_element_is_over_the_root_of_the_elements() -> None:
