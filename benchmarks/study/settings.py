@@ -203,10 +203,12 @@ SCHEDULES = [
     *(STANDARDIZED | FPN | {"schedule": name} for name in ("decay", "cosine", "early end")),
     STANDARDIZED | FPN | {"levels": "positions"},
 ]
+NEAR_BOXES = STANDARDIZED | FPN | {"masks": "near"}
 # What a perfect mask would bring, and the paper's in its place.
 TRUE_BOXES = [
     STANDARDIZED | FPN,
-    *(STANDARDIZED | FPN | {"masks": masks} for masks in ("boxes", "near")),
+    STANDARDIZED | FPN | {"masks": "boxes"},
+    NEAR_BOXES,
     *map(with_mask, (8.0, 2.0)),
 ]
 # Terms and masks on real pictures, with the perfect mask.

@@ -144,7 +144,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("models").add_argument
     add("--detector", choices=(*COMPACT, *STOCK), default="fcos", help="of teacher and students")
     add("--student", metavar="MODEL", choices=NAMES, help="None: that of --detector; see below")
-    add("--teacher-model", metavar="MODEL", choices=NAMES, help="likewise")
+    add("--teacher-model", metavar="MODEL", choices=NAMES, help="likewise, of the teacher")
     weights = "none, imagenet, coco (torchvision's own) or a file, to train on from"
     add("--student-weights", type=start, default="none", help=weights)
     add("--teacher-weights", type=start, default="none", help=weights)
@@ -257,7 +257,9 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     if bool(options.val_images) != bool(options.val_annotations):
         parser.error("--val-images and --val-annotations go together")
     if options.teacher is not None and not options.teacher.is_file():
-        parser.error(f"--teacher must be a file, got {options.teacher}")
+        parser.error(
+            f"--teacher must be a file, got {options.teacher}; --teacher-model takes a model's name"
+        )
     absent = [name for name in ONNX if not find_spec(name)]
     if absent and "onnx" in (options.export or ()):
         parser.error(f"--export onnx wants {' and '.join(absent)}: pip install -e '.[onnx]'")

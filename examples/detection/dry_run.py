@@ -40,7 +40,7 @@ def dry_run(options: argparse.Namespace, device: torch.device) -> None:
         print(describe(name, part, classes))
     models = new_models(options, len(classes))
     teacher, plain, student = models.values()
-    print("\nlevels of one stride, in an image of this size:\n")
+    print(f"\nlevels of one stride, in an image of {options.size} pixels:\n")
     print(featkd.match_layers(student, teacher, [torch.zeros(3, options.size, options.size)]))
     distiller = new_distiller(options, student, teacher)
     teacher.to(device)

@@ -29,9 +29,11 @@ def same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
 
 
 def larger_student(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    """Of two kinds of model one may be a part, such as a backbone: that says nothing."""
+    """Of two kinds of model the teacher may be a part, such as a backbone: then it may be meant."""
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
-    if ours > theirs and type(student) is type(teacher):
+    if ours > theirs:
+        unless = "" if type(student) is type(teacher) else " if they are swapped"
         yield (
-            f"the student has {ours:,} parameters, the teacher {theirs:,}: the student comes first."
+            f"the student has {ours:,} parameters, the teacher {theirs:,}: the student comes "
+            f"first{unless}."
         )
