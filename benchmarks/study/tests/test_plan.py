@@ -23,6 +23,7 @@ from benchmarks.study.settings import (
     ATTENTION,
     CANDIDATES,
     FPN_OUTPUTS,
+    NEAR_BOXES,
     PRESETS,
     PRESETS_AT_STAGES,
     RELATIONS,
@@ -94,14 +95,16 @@ def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
     assert {tuple(run.hyperparameters) for run in runs if run.method == "pkd"} == {("weight",)}
 
 
-def test_on_real_pictures_the_settings_are_those_of_sparse_scenes() -> None:
+def test_on_real_pictures_the_settings_are_those_of_sparse_scenes_and_one_told_boxes() -> None:
     lines = chosen_lines()
     runs, sparse = picture_runs(lines), sparse_runs(lines)
-    assert len(runs) == (1 + 6 + 6) * 3 * 5
+    assert len(runs) == (1 + 7 + 6) * 3 * 5
     assert {run.data.name for run in runs} == {"deeppcb"}
-    assert {(run.method, str(run.hyperparameters)) for run in runs} == {
-        (run.method, str(run.hyperparameters)) for run in sparse
-    }
+    settings, known = (
+        {(run.method, str(run.hyperparameters)) for run in table} for table in (runs, sparse)
+    )
+    assert known < settings
+    assert settings - known == {("featkd", str(NEAR_BOXES))}
 
 
 def test_on_pasted_pictures_four_methods_have_one_teacher_of_imagenet_s_features() -> None:
