@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import featkd
-from benchmarks.study.methods.fine_grained_imitation import SeenBoxes, imitation_mask
+from benchmarks.study.methods.fine_grained_imitation import SeenBoxes, anchors_of, imitation_mask
 
 NAMES = ("taps", "masks", "relation", "unit", "schedule", "levels", "ratio", "total")
 Channels = Mapping[str, int]
@@ -132,11 +132,9 @@ def inside(boxes: Tensor, image_size: tuple[int, int], height: int, width: int) 
 def near(boxes: Tensor, image_size: tuple[int, int], height: int, width: int) -> Tensor:
     """`(height, width)`: whether fine-grained imitation with the study's anchors takes it."""
     stride = image_size[0] // height
-    ratios = (0.5, 1.0, 2.0)
-    generator = AnchorGenerator(((2.5 * stride, 3.5 * stride),), (ratios,))
-    generator.set_cell_anchors(torch.float32, boxes.device)
-    (flat,) = generator.grid_anchors([(height, width)], [(stride, image_size[1] // width)])
-    return imitation_mask(flat.view(height, width, -1, 4), boxes, psi=0.5)
+    generator = AnchorGenerator(((2.5 * stride, 3.5 * stride),), ((0.5, 1.0, 2.0),))
+    strides = (stride, image_size[1] // width)
+    return imitation_mask(anchors_of(generator, (height, width), strides, boxes.device), boxes, 0.5)
 
 
 OF_BOXES = {"boxes": inside, "near": near}

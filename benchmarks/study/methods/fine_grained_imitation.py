@@ -62,15 +62,21 @@ class FineGrainedImitation(Baseline):
     def distance(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         grid = student.shape[-2:]
         stride = [whole // part for whole, part in zip(self.seen.image_size, grid, strict=True)]
-        generator = self.anchors[level]
-        generator.set_cell_anchors(torch.float32, student.device)
-        (flat,) = generator.grid_anchors([grid], [stride])
-        anchors = flat.view(*grid, -1, 4)
+        anchors = anchors_of(self.anchors[level], grid, stride, student.device)
         mask = torch.stack([imitation_mask(anchors, boxes, self.psi) for boxes in self.seen.boxes])
         square = (student - teacher).square().sum(1)
         if mask.shape != square.shape:
             raise ValueError(f"`seen.boxes` must be of {len(square)} images, got {len(mask)}.")
         return (square * mask).sum() / (2 * mask.sum().clamp(min=1))
+
+
+def anchors_of(
+    generator: AnchorGenerator, grid: Sequence[int], stride: Sequence[int], device: torch.device
+) -> Tensor:
+    """`(H, W, K, 4)`: the K anchors of each position of an H x W `grid`."""
+    generator.set_cell_anchors(torch.float32, device)
+    (flat,) = generator.grid_anchors([grid], [stride])
+    return flat.view(*grid, -1, 4)
 
 
 def imitation_mask(anchors: Tensor, boxes: Tensor, psi: float) -> Tensor:
