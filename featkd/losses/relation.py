@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._checks import require_number, require_same_device, require_tensor
 from ._numerics import compute_dtype, full_precision, savable
 from ._pairs import attend, rectified_sum
+
+# So many products at most are summed at a time: some processors add them one by one.
+_SUMMED = 1 << 13
 
 
 def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
@@ -153,8 +157,23 @@ def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0)
 def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     query, key, value = _flat(theta, phi, g)
     with full_precision(query):
-        context = value @ key.mT / key.shape[2]
-        return _at_positions(context @ query, theta)
+        context = _sum_of_products(value, key) / key.shape[2]
+        return _at_positions(_product(context, query), theta)
+
+
+def _sum_of_products(value: Tensor, key: Tensor) -> Tensor:
+    """`(B, D, M), (B, C, M) -> (B, D, C)`."""
+    if torch.compiler.is_compiling() or key.shape[2] <= _SUMMED:  # a split would bind the shape
+        return value @ key.mT
+    parts = zip(*(torch.split(x, _SUMMED, 2) for x in (value, key)), strict=True)
+    return torch.stack([v @ k.mT for v, k in parts]).sum(0)
+
+
+def _product(context: Tensor, query: Tensor) -> Tensor:
+    """`(B, D, C), (B, C, N) -> (B, D, N)`; the gradient of `context` is a sum of products too."""
+    if torch.compiler.is_compiling() or query.shape[2] <= _SUMMED:
+        return context @ query
+    return torch.cat([context @ q for q in torch.split(query, _SUMMED, 2)], 2)
 
 
 def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:

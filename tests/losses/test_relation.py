@@ -14,7 +14,7 @@ from featkd import (
     functional,
     gaussian_relation,
 )
-from featkd.losses import _pairs
+from featkd.losses import _pairs, relation
 from tests.helpers import reference
 from tests.helpers.cases import KINDS, RELATIONS, gradients_of
 from tests.helpers.marks import each_kind, each_relation
@@ -91,6 +91,22 @@ def test_attention_in_blocks_of_queries_is_attention(monkeypatch):
         found.append((value, *torch.autograd.grad(value.square().sum(), tensors)))
     for actual, expected in zip(*found, strict=True):
         close(actual, expected)
+
+
+def test_dot_products_summed_in_parts_are_those_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(relation, "_SUMMED", 3)
+    tensors = leaves([normal(2, 4, 7), normal(2, 4, 8), normal(2, 5, 8)])
+    theta, phi, g = tensors
+    value = functional.dot_product_relation(theta, phi, g)
+    expected = g @ (theta.mT @ phi).mT / 8
+    close(value, expected)
+    weight = normal(2, 5, 7)
+    for found, exact in zip(
+        torch.autograd.grad((value * weight).sum(), tensors),
+        torch.autograd.grad((expected * weight).sum(), tensors),
+        strict=True,
+    ):
+        close(found, exact)
 
 
 # --- softmax relations ----------------------------------------------------------------------------
