@@ -29,9 +29,12 @@ def same_weights(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
 
 
 def larger_student(student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    """Of two kinds of model the teacher may be a part, such as a backbone: then it may be meant."""
+    """Of two kinds of model the teacher may be a part, such as a backbone: then it may be meant.
+
+    A quantised or frozen teacher, or features from a disk, show no parameter: that says nothing.
+    """
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
-    if ours > theirs:
+    if ours > theirs > 0:
         unless = "" if type(student) is type(teacher) else " if they are swapped"
         yield (
             f"the student has {ours:,} parameters, the teacher {theirs:,}: the student comes "

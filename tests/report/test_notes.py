@@ -246,6 +246,16 @@ def test_a_student_larger_than_its_teacher_is_noted(widths, kind, noted):
     assert all(note.endswith(noted) for note in notes)
 
 
+def test_a_teacher_that_shows_no_parameter_is_not_called_smaller():
+    teacher = Net(6)
+    for module in teacher.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, value.detach())
+    distiller = Distiller(Net(4), teacher, distillation_loss(4, 6, MASKED), LEVELS)
+    assert "parameters, the teacher" not in str(distiller.report(images()))
+
+
 def test_a_teacher_that_equals_the_student_is_noted():
     student, teacher = Net(4).eval(), Net(4)
     teacher.load_state_dict(student.state_dict())
