@@ -34,6 +34,7 @@ from benchmarks.study.settings import (
     TEACHER_RELATION,
     TRUE_BOXES,
     TWO_STAGE_AT_FPN,
+    UNITS,
     UNTUNED,
     settings_of,
     with_mask,
@@ -185,7 +186,10 @@ def plateau_runs(lines: Iterable[Line]) -> list[Run]:
 
 
 def on_every_detector(
-    settings: list[dict[str, Any]], seeds: Sequence[int], scenes: Sequence[Scenes] = SCENES[1:]
+    settings: list[dict[str, Any]],
+    seeds: Sequence[int],
+    scenes: Sequence[Scenes] = SCENES[1:],
+    steps: int = 600,
 ) -> Callable[[Iterable[Line]], list[Run]]:
     """featkd at several settings, on sparse scenes if no others are named."""
 
@@ -194,7 +198,7 @@ def on_every_detector(
         for seed in seeds:
             for detector in TUNED_ON:
                 for data, teachers in scenes:
-                    plain = plain_run(detector, seed, data)
+                    plain = plain_run(detector, seed, data, steps)
                     result += [plain, *distilled(plain, {"featkd": settings}, teachers)]
         return result
 
@@ -264,6 +268,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
         ON_PICTURES, PICTURE_TEACHERS, data=PICTURES, steps=PICTURE_STEPS
     ),
     "plateau": plateau_runs,
+    "units": on_every_detector(
+        UNITS, SECONDARY_SEEDS, [(PICTURES, PICTURE_TEACHERS)], PICTURE_STEPS
+    ),
     "steadiness": on_every_detector(STEADINESS, SECONDARY_SEEDS, SCENES),
     "mask": on_every_detector(MASKS, TUNE_SEEDS, SPARSE_TUNE),
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),

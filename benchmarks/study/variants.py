@@ -8,6 +8,8 @@
   those of fine-grained imitation.
 - `relation="tied"`: L_NLD's student is adapted first and goes through the teacher's relation.
 - `unit="element"`: every term of a level over the root of its C H W, a root mean square.
+  `unit="teacher"`: L_AM is half the mean squared difference in units of the deviation of each
+  teacher's channel over the batch, where `standardize` has both sides at their own.
 - `schedule="warm-up"`: the weight rises from 0 over the first fifth of the steps.
   `schedule="decay"`: it falls to 0 over all of them, as a cosine; `"cosine"`: to a tenth.
   `schedule="early end"`: it is 0 for the last tenth.
@@ -62,6 +64,8 @@ def featkd_loss(student: Channels, teacher: Channels, steps: int, **settings: An
         if isinstance(module, featkd.AttentionMaskedLoss) and "masks" in variants:
             masks = partial(box_masks, seen, of_boxes) if of_boxes else MASKS[variants["masks"]]
             module._masks = MethodType(masks, module)
+        if isinstance(module, featkd.AttentionMaskedLoss) and variants.get("unit") == "teacher":
+            module._distances = MethodType(in_teacher_units, module)
         if isinstance(module, featkd.NonLocalLoss) and "relation" in variants:
             tie_relation(module)
     if "schedule" in variants:
@@ -157,6 +161,16 @@ def box_masks(
 
 def centred(features: Tensor) -> Tensor:
     return features - features.mean((2, 3), keepdim=True)
+
+
+def in_teacher_units(
+    loss: featkd.AttentionMaskedLoss, student: Tensor, teacher: Tensor, maps: None
+) -> list[Tensor]:
+    adapted, teacher = loss.adapter(student), teacher.float()
+    mask, _ = loss._masks(student, adapted, teacher, maps)
+    weight = 1.0 if mask is None else mask[:, None]
+    unit = teacher.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+    return [(weight * ((adapted - teacher) / unit).square()).mean((1, 2, 3)) / 2]
 
 
 MASKS = {"live": live_masks, "spread": spread_masks, "centred": centred_masks}

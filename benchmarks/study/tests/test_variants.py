@@ -85,6 +85,19 @@ def test_a_mask_of_true_boxes_takes_the_positions_inside_equally() -> None:
     assert channels is None
 
 
+def test_in_the_teacher_s_units_its_channels_count_alike_and_the_student_s_scale_matters() -> None:
+    factors = torch.tensor([1.0, 10.0, 0.1, 3.0, 100.0])[:, None, None]
+    loss = featkd_loss(*CHANNELS, 10, **settings_of(featkd.STANDARDIZED), unit="teacher")
+    (module,) = loss.attention_masked.values()
+    module.adapter = nn.Identity()
+    teacher = features()[1]["c3"]
+    half = (teacher - 0.5 * teacher.std((0, 2, 3), keepdim=True), 0.125)
+    for student, expected in ((teacher, 0.0), half):
+        found = module._of_pair(student * factors, teacher * factors)
+        assert found.item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert module._of_pair(2 * half[0], teacher) > 0.2
+
+
 @pytest.mark.parametrize(("level", "stride"), list(enumerate((4, 8, 16))))
 def test_near_a_box_is_where_fine_grained_imitation_looks(level: int, stride: int) -> None:
     boxes = torch.tensor([[20.0, 8.0, 34.0, 26.0], [3.0, 40.0, 20.0, 47.0]])
