@@ -96,6 +96,12 @@ def test_in_the_teacher_s_units_its_channels_count_alike_and_the_student_s_scale
         found = module._of_pair(student * factors, teacher * factors)
         assert found.item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
     assert module._of_pair(2 * half[0], teacher) > 0.2
+    left = torch.zeros(2, 4, 6)
+    left[..., :2] = 3.0
+    module._masks = lambda *_: (left, None)
+    wrong_at_right = torch.where(left[:, None] > 0, teacher, teacher + 7)
+    assert module._of_pair(wrong_at_right, teacher) == 0
+    assert module._of_pair(half[0], teacher).item() == pytest.approx(0.125, rel=1e-5)
 
 
 @pytest.mark.parametrize(("level", "stride"), list(enumerate((4, 8, 16))))
