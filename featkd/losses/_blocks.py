@@ -37,15 +37,15 @@ def _in_place() -> bool:
 
 
 def channel_blocks(features: Tensor, maps: int = 1) -> list[slice]:
-    """Ranges of channels: 4 MiB of `maps` such as `features` each, and 8 with several threads.
+    """Ranges of channels: 4 MiB of `maps` such as `features` each, and 16 with several threads.
 
-    These wait for each other at every operation, the longer the busier the cores are.
+    These wait for each other at every operation: so no more of those than plain torch makes.
     """
     channels = features.shape[1]
     width = channels
     size = maps * features.numel() * features.element_size()
     if size > _BLOCK_BYTES and features.device.type == "cpu" and _in_place():
-        block_bytes = _BLOCK_BYTES * min(torch.get_num_threads(), 2)
+        block_bytes = _BLOCK_BYTES * (4 if torch.get_num_threads() > 1 else 1)
         width = max(1, block_bytes * channels // size)
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 

@@ -8,7 +8,9 @@ from operator import add
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import featkd
 from benchmarks import pyramid
@@ -17,14 +19,19 @@ CHANNELS, SHAPE = 8, (2, 8, 6, 5)
 
 
 class Operations(TorchDispatchMode):
-    """Counts those that compute: no views, no empty memory."""
+    """Counts those that compute on `least` numbers or more: no views, no empty memory."""
 
-    count = 0
+    def __init__(self, least=0):
+        super().__init__()
+        self.least, self.count = least, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        self.count += not (func.is_view or "empty" in name or "detach" in name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
+        computes = not (func.is_view or "empty" in name or "detach" in name)
+        self.count += computes and max(sizes, default=0) >= self.least
+        return result
 
 
 def counted(loss, levels=None):
@@ -85,6 +92,30 @@ def counts_of_pyramid(preset):
 def test_five_levels_take_fewer_operations_than_the_plain_formulas(preset):
     ours, plain = counts_of_pyramid(preset)
     assert sum(ours) < sum(plain)
+
+
+SHARED = 32_768  # numbers: torch shares an operation on more among its threads
+
+
+def shared(preset):
+    """Operations that two threads share, in a step of featkd and of plain torch."""
+    images, channels, sizes = pyramid.BATCHES["2 x 800 x 1216"]
+    student, teacher = pyramid.features(images, channels, sizes, torch.device("cpu"))
+    counts = []
+    for loss in pyramid.both(preset, dict.fromkeys(student, channels))[::-1]:
+        with Operations(SHARED) as operations:
+            pyramid.step(loss, student, teacher)()
+        counts.append(operations.count)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["STANDARDIZED", "NORMALIZED"])
+def test_threads_wait_for_each_other_no_more_often_than_in_plain_torch(preset, monkeypatch):
+    """On busy cores each such operation may wait for a turn of the scheduler."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ours, plain = shared(preset)
+    assert ours < plain
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Channels in blocks of 4 or 8 MiB: whatever their size, the same values and gradients."""
+"""Channels in blocks of 4 or 16 MiB: whatever their size, the same values and gradients."""
 
 import pytest
 import torch
@@ -14,15 +14,15 @@ from tests.helpers.tensors import close, leaves, normal
     ("shape", "threads", "widths"),
     [
         ((2, 5, 512, 512), 1, [2, 2, 1]),  # 2 MiB a channel
-        ((2, 5, 512, 512), 2, [4, 1]),
-        ((2, 5, 512, 512), 64, [4, 1]),
-        ((2, 2, 1024, 2048), 2, [1, 1]),  # 16 MiB a channel: never less than one
+        ((2, 9, 512, 512), 2, [8, 1]),
+        ((2, 9, 512, 512), 64, [8, 1]),
+        ((2, 2, 2048, 2048), 2, [1, 1]),  # 32 MiB a channel: never less than one
         ((1, 5, 3, 4), 1, [5]),
         ((0, 5, 3, 4), 1, [5]),
     ],
     ids=str,
 )
-def test_blocks_of_channels_are_of_4_mib_and_of_8_with_several_threads(
+def test_blocks_of_channels_are_of_4_mib_and_of_16_with_several_threads(
     shape, threads, widths, monkeypatch
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
