@@ -12,17 +12,22 @@ from ._blocks import in_forward_mode, map_blocks
 from ._numerics import full_precision
 
 _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
+# So many pairs an image at most are computed as they are written: faster, and little memory.
+_FEW = 1 << 19
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`softmax(scale * query key^T) value`; `(B, N, D), (B, M, D), (B, M, E) -> (B, N, E)`."""
-    if torch.compiler.is_compiling():
-        return _fused_attention(query, key, value, scale)
-    if in_forward_mode():  # the kernels have no such derivative
+    """`softmax(scale * query^T key) value`; `(B, D, N), (B, D, M), (B, E, M) -> (B, E, N)`."""
+    few = query.shape[2] * key.shape[2] <= _FEW and not torch.compiler.is_compiling()
+    if few or in_forward_mode():  # the kernels have no such derivative
         with full_precision(query):
-            return (scale * query @ key.mT).softmax(-1) @ value
+            query = query if scale == 1 else scale * query
+            return ((query.mT @ key).softmax(2) @ value.mT).mT
+    query, key, value = query.mT, key.mT, value.mT
+    if torch.compiler.is_compiling():
+        return _fused_attention(query, key, value, scale).mT
     result: Tensor = _Attend.apply(query, key, value, scale)
-    return result
+    return result.mT
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

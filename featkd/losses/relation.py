@@ -24,7 +24,7 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
-        (forward mode and a second derivative build their matrix).
+        beyond 2^19 pairs an image (forward mode and a second derivative build their matrix).
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -59,7 +59,7 @@ def embedded_gaussian_relation(
 
     Returns:
         `(B, D, *positions of theta)`, in the unit of g; float32 or wider. Memory is linear in the
-        positions (a second derivative builds their matrix).
+        positions beyond 2^19 pairs an image (a second derivative builds their matrix).
 
     Raises:
         TypeError: an argument is no floating-point tensor, or `scale` no number.
@@ -150,15 +150,26 @@ def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 
 def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
-    query, key, value = (x.mT for x in _flat(theta, phi, g))
-    return _at_positions(attend(query, key, value, scale).mT, theta)
+    query, key, value = _flat(theta, phi, g)
+    return _at_positions(attend(query, key, value, scale), theta)
 
 
 def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     query, key, value = _flat(theta, phi, g)
     with full_precision(query):
-        context = _sum_of_products(value, key) / key.shape[2]
-        return _at_positions(_product(context, query), theta)
+        if _pairs_are_fewer(query, key, value):
+            relation = value @ (key.mT @ query / key.shape[2])
+        else:
+            relation = _product(_sum_of_products(value, key) / key.shape[2], query)
+    return _at_positions(relation, theta)
+
+
+def _pairs_are_fewer(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `value (key^T query)` takes fewer multiplications than `(value key^T) query`."""
+    (width, queries), keys, width_of_value = query.shape[1:], key.shape[2], value.shape[1]
+    if torch.compiler.is_compiling() or max(queries, keys) > _SUMMED:  # it would bind the shapes
+        return False
+    return queries * keys * (width + width_of_value) < width * width_of_value * (queries + keys)
 
 
 def _sum_of_products(value: Tensor, key: Tensor) -> Tensor:

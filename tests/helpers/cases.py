@@ -7,15 +7,17 @@ options, and the NumPy loops it must equal.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import featkd
+from featkd.losses import _pairs
 from tests.helpers import reference
 from tests.helpers.tensors import normal
 
@@ -233,6 +235,26 @@ CASES = [
 ]
 LOSSES = [case for case in CASES if case.loss]
 RELATIONS = [case for case in CASES if "relation" in case.function.__name__]
+
+
+def beyond_few_pairs(relation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`relation` as it computes a large map: not by the matrix of pairs."""
+
+    @functools.wraps(relation)
+    def beyond(*tensors: Tensor, **options: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_pairs, "_FEW", 0)
+            return relation(*tensors, **options)
+
+    return beyond
+
+
+# As the functions above compute many pairs; under the compiler they do so for any number.
+MANY_PAIRS = [
+    replace(case, name=f"many_pairs-{case.name}", function=beyond_few_pairs(case.function))
+    for case in RELATIONS
+    if "gaussian" in case.name
+]
 
 
 def gradients_of(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,15 @@ from tests.helpers.strategies import (
 from tests.helpers.tensors import LargestTensor, close, leaves, normal, tensor
 
 
+@pytest.fixture(params=["few pairs", "many pairs"], autouse=True, scope="module")
+def pairs(request):
+    """Each test of this file on the matrix of pairs, and on what does without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many pairs":
+            patch.setattr(_pairs, "_FEW", 0)
+        yield request.param
+
+
 def test_golden_gaussian():
     # Products with x = (0, sqrt(ln 3)): row 0 is (0, 0) -> weights 1/2, 1/2; row 1 is (0, ln 3) ->
     # weights 1/4, 3/4. With g = (2, 6) the means are 4 and 5.
@@ -334,17 +343,38 @@ def test_relations_show_nan_for_any_number_of_keys(case, dtype, keys):
 
 
 @each_relation
-def test_relations_build_no_matrix_of_all_pairs(case):
-    tensors = leaves(case.inputs(1, (40, 10), torch.float32))
+def test_relations_build_no_matrix_of_many_pairs(case):
+    tensors = leaves(case.inputs(1, (80, 20), torch.float32))
     keys = next(tensors[name] for name in ("phi", "features") if name in tensors)
-    pairs = 400 * keys[0, 0].numel()
+    pairs = 1600 * keys[0, 0].numel()
     with LargestTensor() as largest:
         case(**tensors).sum().backward()
     assert largest.elements < pairs / 4
 
 
 def test_softmax_relations_build_none_at_widths_that_need_no_padding():
-    theta, phi, g = (torch.randn(1, 8, 400, requires_grad=True) for _ in range(3))
+    theta, phi, g = (torch.randn(1, 8, 800, requires_grad=True) for _ in range(3))
     with LargestTensor() as largest:
         functional.embedded_gaussian_relation(theta, phi, g).sum().backward()
-    assert largest.elements < 400 * 400 / 4
+    assert largest.elements < 800 * 800 / 4
+
+
+@pytest.mark.parametrize("keys", [1024, 1025])
+def test_a_softmax_relation_of_few_pairs_builds_their_matrix(keys, pairs):
+    """It is faster there."""
+    theta, phi, g = (torch.randn(1, 1, n) for n in (512, keys, keys))
+    with LargestTensor() as largest:
+        functional.embedded_gaussian_relation(theta, phi, g)
+    assert (largest.elements == 512 * keys) == (keys == 1024 and pairs == "few pairs")
+
+
+@pytest.mark.parametrize(("positions", "most"), [(4, 32), (7, 56), (8, 64), (9, 72)])
+def test_a_dot_product_takes_the_order_of_fewer_multiplications(positions, most):
+    """Between 8 channels and 8: the pairs, below 64, or the channels' products, 64."""
+    tensors = leaves([normal(1, 8, positions, seed=seed) for seed in range(3)])
+    with LargestTensor() as largest:
+        value = functional.dot_product_relation(*tensors)
+        torch.autograd.grad(value.sum(), tensors)
+    assert largest.elements == most
+    theta, phi, g = tensors
+    close(value, g @ (theta.mT @ phi).mT / positions)
