@@ -21,7 +21,8 @@ from benchmarks import plain
 from benchmarks.measure import arguments, peak_bytes, record, seconds, spread
 
 POSITIONS = (25, 70, 273, 1024, 2048, 4096, 8192, 16384, 32768, 60800)
-GAUSSIAN_POSITIONS = (25, 70, 273, 1024, 2048, 4096, 60800)  # exact softmax attention: quadratic in time
+# Exact softmax attention is quadratic in time.
+GAUSSIAN_POSITIONS = (25, 70, 273, 1024, 2048, 4096, 60800)
 TINY = (64, 128)
 MATRIX_POSITIONS = 4096
 WIDTH = 128
