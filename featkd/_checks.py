@@ -74,10 +74,12 @@ def require_not_swapped(
         )
 
 
-def require_shape(name: str, value: Tensor, shape: tuple[int, ...], rule: str) -> None:
+def require_shape(
+    name: str, value: Tensor, shape: tuple[int, ...], rule: str, advice: str = ""
+) -> None:
     """`rule` says whose shape it is: "the shape of `teacher`"."""
     if tuple(value.shape) != shape:
-        raise ValueError(f"`{name}` must have {rule} {shape}, got {tuple(value.shape)}.")
+        raise ValueError(f"`{name}` must have {rule} {shape}, got {tuple(value.shape)}{advice}.")
 
 
 def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -102,13 +104,19 @@ def require_feature_pair(
     *,
     same_channels: bool,
     names: tuple[str, str] = ("student", "teacher"),
+    module: str = "",
 ) -> None:
-    """Feature maps of one batch, height and width, and, if asked, of one channel count."""
+    """Feature maps of one batch, height and width, and, if asked, of one channel count.
+
+    `module` is the public loss that takes others.
+    """
     for name, value in zip(names, (student, teacher), strict=True):
         require_feature_map(name, value)
     require_same_device(names[0], student, names[1], teacher)
     if same_channels:
-        require_shape(names[0], student, tuple(teacher.shape), f"the shape of `{names[1]}`")
+        advice = f": `featkd.{module}` has an adapter, and `resize`" if module else ""
+        rule = f"the shape of `{names[1]}`"
+        require_shape(names[0], student, tuple(teacher.shape), rule, advice)
     else:
         require_same_batch(names[0], student, names[1], teacher)
 

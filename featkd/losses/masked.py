@@ -77,7 +77,7 @@ def attention_masked_loss(
         tensor(2.)
     """
     require_form(reduction, False, standardize)
-    require_feature_pair(student, teacher, same_channels=True)
+    require_feature_pair(student, teacher, same_channels=True, module="AttentionMaskedLoss")
     images, channels, *size = student.shape
     if spatial_mask is not None:
         _require_mask("spatial_mask", spatial_mask, (images, *size), student)

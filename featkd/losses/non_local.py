@@ -64,7 +64,8 @@ def non_local_loss(
     if student_relation.shape != teacher_relation.shape:
         raise ValueError(
             f"`student_relation` must have the shape of `teacher_relation` "
-            f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}."
+            f"{tuple(teacher_relation.shape)}, got {tuple(student_relation.shape)}: "
+            "`featkd.NonLocalLoss` has an adapter, and `resize`."
         )
     require_same_device("student_relation", student_relation, "teacher_relation", teacher_relation)
     relations = savable(student_relation), savable(teacher_relation)

@@ -76,7 +76,8 @@ def attention_transfer_loss(
     require_flag("absolute", absolute)
     require_callable("spatial_adapter", spatial_adapter)
     require_callable("channel_adapter", channel_adapter)
-    require_feature_pair(student, teacher, same_channels=channel_adapter is None)
+    same_channels, module = channel_adapter is None, "AttentionTransferLoss"
+    require_feature_pair(student, teacher, same_channels=same_channels, module=module)
     ours, theirs = (maps_over(x, MAPS["both"], absolute) for x in (student, teacher))
     targets = theirs[OVER_CHANNELS][:, None], theirs[OVER_POSITIONS]
     spatial = _adapted("spatial_adapter", spatial_adapter, ours[OVER_CHANNELS][:, None], targets[0])

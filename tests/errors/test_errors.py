@@ -114,8 +114,13 @@ TEXTS = {
     "`features` must have the shape (B, C, H, W) with C, H and W at least 1, got (3, 4, 5).": (
         lambda: f.channel_attention(MAP[0])
     ),
-    "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5).": (
+    "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5): "
+    "`featkd.AttentionMaskedLoss` has an adapter, and `resize`.": (
         lambda: f.attention_masked_loss(MAP, OTHER_CHANNELS)
+    ),
+    "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5): "
+    "`featkd.AttentionTransferLoss` has an adapter, and `resize`.": (
+        lambda: f.attention_transfer_loss(MAP, OTHER_CHANNELS)
     ),
     "`student` must have the batch, height and width of `teacher` (2, 7, 6, 5), "
     "got (2, 3, 4, 5).": lambda: transfer(torch.ones(2, 7, 6, 5), channel_adapter=len),
@@ -169,7 +174,9 @@ TEXTS = {
         lambda: f.embedded_gaussian_relation(MAP, MAP, MAP, scale=float("nan"))
     ),
     "`student_relation` must have the shape of `teacher_relation` (2, 7, 4, 5), "
-    "got (2, 3, 4, 5).": lambda: f.non_local_loss(MAP, OTHER_CHANNELS),
+    "got (2, 3, 4, 5): `featkd.NonLocalLoss` has an adapter, and `resize`.": (
+        lambda: f.non_local_loss(MAP, OTHER_CHANNELS)
+    ),
     # layouts
     "`features` must have the shape (B, H, W, C) with H, W and C at least 1, got (3, 4, 5).": (
         lambda: featkd.from_channels_last(MAP[0])
