@@ -40,7 +40,7 @@ from benchmarks.study.settings import (
     with_mask,
 )
 from examples.detection.detectors import BACKBONES, COMPACT, MASK_RCNN, STUDENT, Shape
-from examples.detection.lite0 import LITE0
+from examples.detection.lite0 import LITE0, LITE0_SHORT
 
 # Weights and settings are chosen on other seeds and other held-out scenes than those reported.
 MAIN, TUNE = Data(2**32), Data(2**31)
@@ -172,6 +172,9 @@ def pasted_runs(lines: Iterable[Line]) -> list[Run]:
     for seed in MAIN_SEEDS:
         plain = plain_run("fcos", seed, PASTED_SCENES, PICTURE_STEPS)
         runs += [plain, *distilled(plain, settings, PASTED_TEACHERS)]
+    for seed in SECONDARY_SEEDS:  # a student with ImageNet's features of its own
+        plain = plain_run("fcos", seed, PASTED_SCENES, PICTURE_STEPS, LITE0_SHORT)
+        runs += [plain, *distilled(plain, {"featkd": [STANDARDIZED | FPN]}, PASTED_TEACHERS)]
     return runs
 
 

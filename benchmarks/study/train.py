@@ -22,7 +22,7 @@ from examples.detection.data import AREA_SCALES, KINDS
 from examples.detection.deeppcb import DeepPCB
 from examples.detection.detectors import MASK_RCNN, Shape, build, keep_anchors_exact, tapped
 from examples.detection.fetch_pasted import CLASSES
-from examples.detection.lite0 import LITE0, start_from_imagenet
+from examples.detection.lite0 import LAST, start_from_imagenet
 from examples.detection.pasted import SIZE, Pasted, read_folder
 from examples.detection.scenes import Scenes
 from examples.detection.training import MASK_METRICS, METRICS, Alone, Settings, evaluate, train
@@ -52,8 +52,8 @@ def new_detector(run: Run, role: str, shape: Shape | str) -> nn.Module:
     name = run.data.name
     small = name in ("sparse", BOARDS)
     detector = build(run.detector, role, COUNTS[name], SIZES[name], shape, small_objects=small)
-    if shape == LITE0:
-        start_from_imagenet(detector.backbone.body)
+    if shape in LAST:
+        start_from_imagenet(detector.backbone.body, shape)
     return keep_anchors_exact(detector)
 
 

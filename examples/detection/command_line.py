@@ -13,7 +13,7 @@ import featkd
 from examples.detection.deeppcb import TILES
 from examples.detection.detectors import COMPACT, STOCK
 from examples.detection.devices import wrong_device
-from examples.detection.lite0 import LITE0, packages
+from examples.detection.lite0 import LAST, packages
 from examples.detection.models import (
     BUILDERS,
     FIXED_SIZES,
@@ -245,7 +245,7 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
         weights = getattr(options, f"{role}_weights")
         if why := cannot_start(name, weights):
             parser.error(f"--{role}-weights {weights} {why}; the {role} is {name}")
-    if LITE0 in models.values():
+    if not LAST.keys().isdisjoint(models.values()):
         try:
             packages()
         except JobError as error:

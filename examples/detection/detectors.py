@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
 import featkd
-from examples.detection.lite0 import CHANNELS, LITE0, NORMALIZATION, lite0
+from examples.detection.lite0 import LAST, LITE0, NORMALIZATION, channels_of, lite0
 from examples.detection.processes import JobError
 
 COMPACT = ("fcos", "retinanet", "faster_rcnn")
@@ -77,8 +77,9 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
 
 def compact_backbone(shape: str | Shape) -> BackboneWithFPN:
     """Three FPN levels at strides 4, 8 and 16."""
-    if shape == LITE0:
-        body, channels, fpn = lite0(), CHANNELS, TEACHER[2]
+    if shape in LAST:
+        body, channels = lite0(shape), channels_of(shape)
+        fpn = TEACHER[2] if shape == LITE0 else STUDENT[2]
     elif isinstance(shape, str):
         make, channels = BACKBONES[shape]
         body, fpn = make(), STUDENT[2]
@@ -162,8 +163,9 @@ def build(
     """The detector `name` for `role`, `"teacher"` or `"student"`, at random weights.
 
     `classes` counts the background; `size` is the shorter side of the images inside the model;
-    `shape`, a tuple, a name of `BACKBONES` or `LITE0`, stands in place of `TEACHER` or `STUDENT`
-    for a compact detector. `small_objects`: a compact FCOS for objects of 12 to 28 pixels.
+    `shape`, a tuple or a name of `BACKBONES` or of a Lite0, stands in place of `TEACHER` or
+    `STUDENT` for a compact detector. `small_objects`: a compact FCOS for objects of 12 to 28
+    pixels.
     """
     if name in STOCK:
         builder: Callable[..., nn.Module] = getattr(detection, name)
@@ -178,7 +180,7 @@ def build(
     backbone = compact_backbone(shape or (TEACHER if role == "teacher" else STUDENT))
     fpn = backbone.out_channels
     sizes: dict[str, Any] = {"min_size": size, "max_size": size * 5 // 3}
-    if shape == LITE0:
+    if shape in LAST:
         sizes |= NORMALIZATION
     if name == "fcos":
         # FCOS gives a level the objects of 4 to 8 times its anchor.

@@ -19,7 +19,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from examples.detection.checkpoints import read
 from examples.detection.detectors import BACKBONES, STOCK, build, keep_anchors_exact
 from examples.detection.detectors import COMPACT as COMPACT_DETECTORS
-from examples.detection.lite0 import LITE0, start_from_imagenet
+from examples.detection.lite0 import LAST, LITE0, start_from_imagenet
 from examples.detection.processes import JobError, by_first_rank
 
 # Whole detectors of torchvision; those of masks and key points want other data.
@@ -29,7 +29,8 @@ BUILDERS = tuple(
 CLASSIFIERS = list_models(torchvision.models)
 RESNETS = tuple(name for name in CLASSIFIERS if "resnet" in name or "resnext" in name)
 MOBILENETS = tuple(name for name in CLASSIFIERS if name.startswith("mobilenet"))
-COMPACT = {"compact": None, **{f"compact_{name}": name for name in BACKBONES}, LITE0: LITE0}
+LITE0S = {name: name for name in LAST}
+COMPACT = {"compact": None, **{f"compact_{name}": name for name in BACKBONES}, **LITE0S}
 NAMES = (*COMPACT, *BUILDERS, *RESNETS, *MOBILENETS)
 # They take no other size.
 FIXED_SIZES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
@@ -54,7 +55,7 @@ def cannot_start(name: str, start: Start) -> str | None:
     """Why there are no such weights of the model, or None."""
     if isinstance(start, Path):
         return None if start.is_file() else f"must be one of {', '.join(STARTS)}, or a file"
-    if start == "imagenet" and name in COMPACT and name != LITE0:
+    if start == "imagenet" and name in COMPACT and name not in LAST:
         return f"wants a model of torchvision or {LITE0}: the compact ones have no such weights"
     if start == "coco" and name not in BUILDERS:
         return f"wants a whole detector of torchvision, as {STOCK[1]}_v2"
@@ -90,7 +91,7 @@ def untrained(
         small = options.data in ("sparse", "deeppcb") and options.tile != "full"
         model = build(family, role, classes, size, COMPACT[name], small_objects=small)
         if start == "imagenet":
-            start_from_imagenet(model.backbone.body)
+            start_from_imagenet(model.backbone.body, name)
         return model
     sizes = {} if name in FIXED_SIZES else {"min_size": size, "max_size": size * 1333 // 800}
     if name in BUILDERS:

