@@ -32,6 +32,7 @@ from benchmarks.study.settings import (
 )
 from benchmarks.study.tests.samples import PLAIN, line_of
 from benchmarks.study.variants import split
+from examples.detection.lite0 import LITE0_SHORT
 
 CHOOSING = {"tune", "taps", "presets", "open", "mask"}
 
@@ -109,9 +110,11 @@ def test_on_real_pictures_the_settings_are_those_of_sparse_scenes_and_one_told_b
 
 def test_on_pasted_pictures_four_methods_have_one_teacher_of_imagenet_s_features() -> None:
     runs = pasted_runs(chosen_lines())
-    assert len(runs) == 4 * 5
+    short = [run for run in runs if run.student == LITE0_SHORT]
+    assert len(runs) == 4 * 5 + len(short) == 4 * 5 + 2 * 3
     assert {(run.detector, run.data) for run in runs} == {("fcos", PASTED_SCENES)}
     assert {run.method for run in runs} == {"none", "featkd", "pkd", "fitnets"}
+    assert {run.method for run in short} == {"none", "featkd"}
     assert {teacher_of(run).name for run in runs if run.teacher} == {
         teacher_of(replace(runs[1], seed=9)).name
     }
