@@ -156,25 +156,28 @@ def embedded_gaussian(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0)
 
 def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     query, key, value = _flat(theta, phi, g)
+    keys = key.shape[2]
     with full_precision(query):
-        if _pairs_are_fewer(query, key, value):
-            relation = value @ (key.mT @ query / key.shape[2])
+        if torch.compiler.is_compiling():  # the other forms would bind the shapes
+            relation = (value @ key.mT / keys) @ query
+        elif _pairs_are_fewer(query, key, value):
+            relation = value @ (key.mT @ query / keys)
         else:
-            relation = _product(_sum_of_products(value, key) / key.shape[2], query)
+            relation = _product(_sum_of_products(value, key) / keys, query)
     return _at_positions(relation, theta)
 
 
 def _pairs_are_fewer(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `value (key^T query)` takes fewer multiplications than `(value key^T) query`."""
     (width, queries), keys, width_of_value = query.shape[1:], key.shape[2], value.shape[1]
-    if torch.compiler.is_compiling() or max(queries, keys) > _SUMMED:  # it would bind the shapes
+    if max(queries, keys) > _SUMMED:
         return False
     return queries * keys * (width + width_of_value) < width * width_of_value * (queries + keys)
 
 
 def _sum_of_products(value: Tensor, key: Tensor) -> Tensor:
     """`(B, D, M), (B, C, M) -> (B, D, C)`."""
-    if torch.compiler.is_compiling() or key.shape[2] <= _SUMMED:  # a split would bind the shape
+    if key.shape[2] <= _SUMMED:
         return value @ key.mT
     parts = zip(*(torch.split(x, _SUMMED, 2) for x in (value, key)), strict=True)
     return torch.stack([v @ k.mT for v, k in parts]).sum(0)
@@ -182,7 +185,7 @@ def _sum_of_products(value: Tensor, key: Tensor) -> Tensor:
 
 def _product(context: Tensor, query: Tensor) -> Tensor:
     """`(B, D, C), (B, C, N) -> (B, D, N)`; the gradient of `context` is a sum of products too."""
-    if torch.compiler.is_compiling() or query.shape[2] <= _SUMMED:
+    if query.shape[2] <= _SUMMED:
         return context @ query
     return torch.cat([context @ q for q in torch.split(query, _SUMMED, 2)], 2)
 
