@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._checks import require_callable, require_flag, require_losses
 from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
-from ..report.preserve import preserved
+from .._preserve import preserved
 from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised
