@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_callable, require_flag, require_losses
+from .._preserve import preserved
 from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
-from .._preserve import preserved
 from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised

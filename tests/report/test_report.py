@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap
+from featkd._preserve import preserved
 from featkd.report.detector_loss import detector_loss
-from featkd.report.preserve import preserved
 from tests.helpers.models import (
     LEVELS,
     Net,
