@@ -163,6 +163,27 @@ def test_modes_state_hooks_and_gradients_are_left_as_they_were():
     assert torch.is_grad_enabled()
 
 
+class Counting(nn.Module):
+    """Counts its calls in any mode, and draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += 1
+        return self.net(images + torch.rand_like(images))
+
+
+def test_what_a_model_counts_and_draws_is_left_as_it_was():
+    student, teacher = Counting(), Net(6)
+    drawn = torch.get_rng_state()
+    match_layers(student, teacher, PIXELS.double())
+    assert student.calls == 0
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_a_failing_model_is_left_as_it_was():
     student, teacher = Net(4).train(), Net(6).train()
     with pytest.raises(ValueError, match=r"`student` must run .* got RuntimeError: .*channels"):

@@ -228,7 +228,9 @@ class Distiller(nn.Module):
             if torch.is_grad_enabled() and not features.requires_grad:
                 raise RuntimeError(
                     f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
-                    "unfreeze it, or leave this level out of `layers` and `loss`."
+                    "unfreeze it, or leave this level out of `layers` and `loss`; or it ran under "
+                    "`no_grad`, `inference_mode` or reentrant checkpointing (take "
+                    "`use_reentrant=False`)."
                 )
         call = partial(self._call_teacher, args, kwargs, shared)
         theirs = teacher_features(self._teacher_tap, call, self.early_stop, ours)

@@ -1,4 +1,4 @@
-"""The sums over all pairs of positions, without the matrix of pairs."""
+"""The sums over all pairs of positions, without the matrix of many pairs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ._blocks import in_forward_mode, map_blocks
 from ._numerics import full_precision
 
 _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
-# So many pairs an image at most are computed as they are written: faster, and little memory.
-_FEW = 1 << 19
+# So many pairs of a batch at most are computed as they are written: faster, in 8 MiB a matrix.
+_FEW = 1 << 21
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """`softmax(scale * query^T key) value`; `(B, D, N), (B, D, M), (B, E, M) -> (B, E, N)`."""
-    few = query.shape[2] * key.shape[2] <= _FEW and not torch.compiler.is_compiling()
-    if few or in_forward_mode():  # the kernels have no such derivative
+    if torch.compiler.is_compiling():  # a choice would bind the shapes
+        return _fused_attention(query.mT, key.mT, value.mT, scale).mT
+    pairs = query.shape[0] * query.shape[2] * key.shape[2]
+    if pairs <= _FEW or in_forward_mode():  # the kernels have no such derivative
         with full_precision(query):
-            query = query if scale == 1 else scale * query
-            return ((query.mT @ key).softmax(2) @ value.mT).mT
-    query, key, value = query.mT, key.mT, value.mT
-    if torch.compiler.is_compiling():
-        return _fused_attention(query, key, value, scale).mT
-    result: Tensor = _Attend.apply(query, key, value, scale)
+            logits = query.mT @ key
+            weights = (logits if scale == 1 else scale * logits).softmax(2)
+            return (weights @ value.mT).mT
+    result: Tensor = _Attend.apply(query.mT, key.mT, value.mT, scale)
     return result.mT
 
 
@@ -122,7 +122,8 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
     count = torch.searchsorted(falling.detach().contiguous(), theta.detach().contiguous())
     # The sum theta + phi bears any shift; with centred keys the two terms below cancel least, by
     # the median however far a few lie off.
-    centre = falling.detach()[:, falling.shape[1] // 2, None]
+    # An index of it would bind the shape when compiled.
+    centre = falling.detach().narrow(1, falling.shape[1] // 2, 1)
     theta, falling = theta - centre, falling - centre
 
     def sums(block: slice) -> tuple[Tensor, Tensor]:
@@ -159,11 +160,15 @@ class _RectifiedSums(torch.autograd.Function):
         theta, phi, g, step = ctx.saved_tensors
         from_step, from_rectified = grads
         to_theta = to_phi = to_g = None
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        # In `is_grads_batched` a function of ours leaves no graph.
+        plain = any(grad is not None and batched(grad) for grad in grads)
+        sums = _prefix_sums if plain else _RectifiedSums.apply
         if from_rectified is not None:
-            swapped_step, to_g = _RectifiedSums.apply(phi, theta, from_rectified)
+            swapped_step, to_g = sums(phi, theta, from_rectified)
             to_theta = (from_rectified * step).sum(1)
             to_phi = (g * swapped_step).sum(1)
         if from_step is not None:
-            to_g_too = _RectifiedSums.apply(phi, theta, from_step)[0]
+            to_g_too = sums(phi, theta, from_step)[0]
             to_g = to_g_too if to_g is None else to_g + to_g_too
         return to_theta, to_phi, to_g

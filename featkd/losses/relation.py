@@ -24,7 +24,7 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
 
     Returns:
         `(B, D, *positions)`, in the unit of g; float32 or wider. Memory is linear in the positions
-        beyond 2^19 pairs an image (forward mode and a second derivative build their matrix).
+        beyond 2^21 pairs a batch (forward mode and a second derivative build their matrix).
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -59,7 +59,7 @@ def embedded_gaussian_relation(
 
     Returns:
         `(B, D, *positions of theta)`, in the unit of g; float32 or wider. Memory is linear in the
-        positions beyond 2^19 pairs an image (a second derivative builds their matrix).
+        positions beyond 2^21 pairs a batch (a second derivative builds their matrix).
 
     Raises:
         TypeError: an argument is no floating-point tensor, or `scale` no number.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._table import table
+from ..losses._numerics import compute_dtype
 from .detector_loss import detector_loss
 from .levels import (
     LevelReport,
@@ -220,4 +221,6 @@ def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | No
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients if g is not None))
+    """Over all gradients; of a float16 one the sum of squares would overflow."""
+    found = [g for g in gradients if g is not None]
+    return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=compute_dtype(g))) for g in found))

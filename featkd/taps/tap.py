@@ -228,8 +228,8 @@ class FeatureTap:
             raise RuntimeError(
                 f"`layers[{alias!r}]` must carry a gradient, got none from {path!r}: parameters "
                 "are frozen (leave this level out, here and in the loss), or it runs under "
-                "`no_grad` or inside reentrant checkpointing (take `use_reentrant=False`); call a "
-                "teacher under `torch.no_grad()`."
+                "`no_grad`, `inference_mode` or reentrant checkpointing (take "
+                "`use_reentrant=False`); call a teacher under `torch.no_grad()`."
             )
 
 

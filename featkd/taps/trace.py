@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._preserve import preserved
+
 Shape = tuple[int, int, int, int]
 
 
@@ -109,17 +111,15 @@ def trace(
 
         handles.append(module.register_forward_pre_hook(in_eager(before), with_kwargs=True))
         handles.append(module.register_forward_hook(in_eager(after)))
-    training = [module for module in model.modules() if module.training]
     # Compiled as one graph, a model takes no such hooks. torch 2.4 has no way out of that.
     set_stance = getattr(torch.compiler, "set_stance", None)
     try:
-        with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():
+        stance = set_stance("force_eager") if set_stance else nullcontext()
+        with preserved(model), torch.no_grad(), stance:
             model.eval()(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     root.ended = began
     return root
 

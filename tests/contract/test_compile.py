@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._export.verifier import SpecViolationError
 
 import featkd
-from tests.helpers.cases import CASES
+from tests.helpers.cases import CASES, KINDS
 from tests.helpers.module_cases import ALL_TERMS, MODULE_CASES
 from tests.helpers.tensors import close, normal
 
@@ -111,6 +111,19 @@ def test_another_size_recompiles_at_most_once():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_relation_of_few_pairs_and_of_many_are_one_graph(kind):
+    """In eager mode they are computed in other ways."""
+    counter = CompileCounter()
+    module = featkd.NonLocalRelation(4, kind=kind)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size in (3, 48):  # 2 images: 162 pairs, 10 million
+            features = normal(2, 4, size, size, dtype=torch.float32)
+            close(compiled(features), module(features), 1e-5)
+    assert counter.frame_count == 1
+
+
 def test_autocast_changes_nothing():
     module, features = TOTAL.module().float(), TOTAL.features(dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -121,12 +134,15 @@ def test_autocast_changes_nothing():
     close(value, expected, 1e-6)
 
 
-@pytest.mark.xfail(
+exports_no_autocast = pytest.mark.xfail(
     torch.__version__.startswith("2.4."),
     raises=SpecViolationError,
     strict=True,
     reason="this torch exports no region without autocast",
 )
+
+
+@exports_no_autocast
 def test_autocast_changes_nothing_of_an_exported_loss():
     module = featkd.AttentionMaskedLoss(4, 6, temperature=0.5)
     features = normal(2, 4, 3, 5, seed=1).float(), normal(2, 6, 3, 5, seed=2).float()
@@ -134,6 +150,17 @@ def test_autocast_changes_nothing_of_an_exported_loss():
     with torch.autocast("cpu", torch.bfloat16):
         value = exported(*features)
     close(value, module(*features), 1e-6)
+
+
+@exports_no_autocast
+def test_an_exported_softmax_relation_takes_any_number_of_pairs():
+    module = featkd.NonLocalRelation(4, kind="embedded_gaussian")
+    sizes = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    given = (normal(2, 4, 8, 9, dtype=torch.float32),)
+    exported = torch.export.export(module, given, dynamic_shapes=(sizes,)).module()
+    features = normal(2, 4, 40, 41, dtype=torch.float32)
+    with torch.no_grad():
+        close(exported(features), module(features), 1e-5)
 
 
 def test_bad_input_is_reported_by_the_compiled_function_too():

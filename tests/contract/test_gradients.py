@@ -80,6 +80,27 @@ def test_gradients_can_be_batched(case, block_bytes, monkeypatch):
 
 
 @each_case
+@torch_loops
+def test_batched_gradients_have_the_derivatives_of_single_ones(case):
+    found = []
+    for batched in (True, False):
+        tensors = leaves(case.inputs())
+        inputs = tuple(tensors.values())
+        output = case(**tensors)
+        weights = normal(2, *output.shape, seed=9)
+        gradients = torch.autograd.grad
+        if batched:
+            each = gradients(output, inputs, weights, is_grads_batched=True, create_graph=True)
+        else:
+            single = [gradients(output, inputs, w, create_graph=True) for w in weights]
+            each = [torch.stack(gradient) for gradient in zip(*single, strict=True)]
+        total = sum(x.square().sum() for x in (*each, *inputs))
+        found.append(gradients(total, inputs))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
+
+
+@each_case
 def test_torch_func_grad(case):
     tensors = case.inputs()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from featkd import Distiller, FeatureDistillationLoss
 from tests.helpers.distilled import HF_STAGES, TERM, Inputs, Seen, build, from_stage, make, pixels
@@ -242,6 +243,12 @@ def test_a_wholly_frozen_student_is_an_error():
     distiller.student.requires_grad_(False)
     said = "must carry a gradient, got a frozen part of the student", "unfreeze it, or leave this"
     raises(RuntimeError, lambda: distiller(images()), "`layers['c1']`", *said)
+
+
+def test_a_student_under_reentrant_checkpointing_is_an_error_that_says_so():
+    distiller = make(student_forward=partial(checkpoint, use_reentrant=True))
+    said = "`layers['c1']`", "reentrant checkpointing (take `use_reentrant=False`)"
+    raises(RuntimeError, lambda: distiller(images().requires_grad_()), *said)
 
 
 def test_another_teacher_wants_another_distiller():

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap
 from featkd._preserve import preserved
 from featkd.report.detector_loss import detector_loss
+from featkd.report.report import _norm
 from tests.helpers.models import (
     LEVELS,
     Net,
@@ -71,6 +72,12 @@ def test_a_small_mask_in_front_of_the_image_does_not_give_the_stride():
     mask, pixels = torch.ones(2, 1, 4, 6), torch.rand(2, 3, 16, 24).double()
     (level,) = distiller.report(mask, pixels).levels
     assert (level.student_stride, level.teacher_stride) == (2.0, 2.0)
+
+
+def test_gradients_of_float16_whose_squares_overflow():
+    """Of a student in float16: each is below 65,504, the sum of their squares is not."""
+    parameter = torch.zeros(4, dtype=torch.float16)
+    assert _norm([torch.full_like(parameter, 3e4), None]) == pytest.approx(6e4, rel=1e-3)
 
 
 def test_the_size_of_the_features_is_before_the_adapters():

@@ -340,9 +340,9 @@ def test_a_part_of_the_model_without_gradient_is_an_error():
         model(images())
         said = (
             "`layers['c1']` must carry a gradient, got none from 'backbone.c1': parameters are "
-            "frozen (leave this level out, here and in the loss), or it runs under `no_grad` or "
-            "inside reentrant checkpointing (take `use_reentrant=False`); call a teacher under "
-            "`torch.no_grad()`."
+            "frozen (leave this level out, here and in the loss), or it runs under `no_grad`, "
+            "`inference_mode` or reentrant checkpointing (take `use_reentrant=False`); call a "
+            "teacher under `torch.no_grad()`."
         )
         raises(RuntimeError, tap.pop, said)
 
