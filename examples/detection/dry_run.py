@@ -43,6 +43,9 @@ def dry_run(options: argparse.Namespace, device: torch.device) -> None:
     print(f"\nlevels of one stride, in an image of {options.size} pixels:\n")
     print(featkd.match_layers(student, teacher, [torch.zeros(3, options.size, options.size)]))
     distiller = new_distiller(options, student, teacher)
+    print(f"\ndistilled at {', '.join(distiller.loss.levels)} (--taps {options.taps})")
+    steps = steps_of(options, len(data))
+    print(budget(steps, options.batch_size, len(data)))
     teacher.to(device)
     distiller.to(device).train()
     settings = new_settings(options, device)
@@ -56,8 +59,6 @@ def dry_run(options: argparse.Namespace, device: torch.device) -> None:
         flush=True,
     )
     print(f"\none step of distillation:\n\n{distiller.report(*batch, optimizer=optimizer)}\n")
-    steps = steps_of(options, len(data))
-    print(budget(steps, options.batch_size, len(data)))
     stepped = {"teacher": Alone(teacher), "plain": Alone(plain), "distilled": distiller}
     total = 0.0
     timed = replace(settings, evaluations=0, checkpoint_every=sys.maxsize)

@@ -63,8 +63,10 @@ def steps_of(options: argparse.Namespace, pictures: int) -> dict[str, int]:
 
 def budget(steps: dict[str, int], batch_size: int, pictures: int) -> str:
     """What is going to be trained; the first ten steps of each tell the time."""
+    few = steps.get("teacher", math.inf) < steps["plain"]
+    note = "; the teacher trains for fewer steps: see --teacher-epochs" if few else ""
     parts = [
         f"{name} {count:,} ({count * batch_size / pictures:.1f} epochs)"
         for name, count in steps.items()
     ]
-    return f"steps of {batch_size} of {pictures:,} pictures: {', '.join(parts)}"
+    return f"steps of {batch_size} of {pictures:,} pictures: {', '.join(parts)}{note}"

@@ -16,7 +16,13 @@ from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
 from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
-from ..taps.paths import pair_of, require_module, require_no_shared_weights, require_synchronised
+from ..taps.paths import (
+    pair_of,
+    require_in_both,
+    require_module,
+    require_no_shared_weights,
+    require_synchronised,
+)
 from ..taps.tap import FeatureTap
 from .call import called
 from .normalization import require_one_normalization
@@ -118,6 +124,8 @@ class Distiller(nn.Module):
         if shared_input is None and convert_input is not None:
             raise ValueError("`shared_input` must be given beside `convert_input`, got None.")
         pairs = {level: pair_of(f"layers[{level!r}]", path) for level, path in layers.items()}
+        for level, paths in pairs.items():
+            require_in_both(f"layers[{level!r}]", paths, student, teacher)
         converts = converts_by_side(convert, pairs)
         self._student_tap, self._teacher_tap = (
             FeatureTap(

@@ -82,7 +82,10 @@ class FeatureDistillationLoss(nn.Module):
         super().__init__()
         if not isinstance(hyperparameters, Hyperparameters):
             found = type(hyperparameters).__name__
-            raise TypeError(f"`hyperparameters` must be a Hyperparameters, got {found}.")
+            raise TypeError(
+                "`hyperparameters` must be a Hyperparameters, such as `featkd.STANDARDIZED`, "
+                f"got {found}."
+            )
         require_resize(resize)
         if normalize is None:
             normalize = hyperparameters.normalize

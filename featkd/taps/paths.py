@@ -86,8 +86,26 @@ def _own_names(model: nn.Module) -> dict[str, list[nn.Module]]:
     return found
 
 
-def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tuple[str, ...]]:
-    """The module that `path` names, whether its input is meant, and the item's keys."""
+def require_in_both(
+    name: str, paths: tuple[str, str], student: nn.Module, teacher: nn.Module
+) -> None:
+    """The paths of a level name a module of the student and one of the teacher."""
+    sides = ("student", student), ("teacher", teacher)
+    for (role, model), path, (other, elsewhere) in zip(sides, paths, sides[::-1], strict=True):
+        resolve(model, path, name, f"{role}, a ", (other, elsewhere))
+
+
+def resolve(
+    model: nn.Module,
+    path: str,
+    name: str,
+    role: str = "",
+    other: tuple[str, nn.Module] | None = None,
+) -> tuple[nn.Module, bool, tuple[str, ...]]:
+    """The module that `path` names, whether its input is meant, and the item's keys.
+
+    An error says the model's `role`, and whether the `other` one has such a module.
+    """
     match = _PATH.fullmatch(path)
     if match is None:
         raise ValueError(
@@ -102,8 +120,10 @@ def resolve(model: nn.Module, path: str, name: str) -> tuple[nn.Module, bool, tu
         behind = [own for own in own_names if own.endswith(f".{wanted}")][:3]
         close = behind or difflib.get_close_matches(wanted, own_names)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
+        if other is not None and _named(other[1], wanted):
+            hint += f", a path of the {other[0]}: a (student path, teacher path) pair names both"
         raise ValueError(
-            f"`{name}` must be the path of a module of the {type(model).__name__}, "
+            f"`{name}` must be the path of a module of the {role}{type(model).__name__}, "
             f"got {wanted!r}{hint}."
         )
     return found[0], match["input"] is not None, keys

@@ -245,6 +245,23 @@ def test_a_wholly_frozen_student_is_an_error():
     raises(RuntimeError, lambda: distiller(images()), "`layers['c1']`", *said)
 
 
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        ("c1", "the student, a Net, got 'c1' (close: "),
+        (("backbone.c1", "of_neither"), "the teacher, a Sequential, got 'of_neither'."),
+        (
+            "backbone.c1",
+            "got 'backbone.c1' (close: '0.backbone.c1'), a path of the student: a (student",
+        ),
+        ("0.backbone.c1", "), a path of the teacher: a (student path, teacher path) pair names"),
+    ],
+)
+def test_a_wrong_path_is_an_error_that_says_whose(paths, said):
+    models = Net(4), nn.Sequential(Net(6))
+    raises(ValueError, lambda: Distiller(*models, Seen(), {"c1": paths}), "`layers['c1']`", said)
+
+
 def test_a_student_under_reentrant_checkpointing_is_an_error_that_says_so():
     distiller = make(student_forward=partial(checkpoint, use_reentrant=True))
     said = "`layers['c1']`", "reentrant checkpointing (take `use_reentrant=False`)"

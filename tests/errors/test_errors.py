@@ -216,7 +216,7 @@ TEXTS = {
         lambda: dataclasses.replace(featkd.RELEASED_ONE_STAGE, teacher_relation="fixed")
     ),
     # the overall loss
-    "`hyperparameters` must be a Hyperparameters, got dict.": (
+    "`hyperparameters` must be a Hyperparameters, such as `featkd.STANDARDIZED`, got dict.": (
         lambda: featkd.FeatureDistillationLoss(3, 3, hyperparameters={})
     ),
     "`teacher_channels` must be an integer, as `student_channels` is, got dict.": (

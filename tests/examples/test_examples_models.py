@@ -270,6 +270,10 @@ def test_the_budget_says_steps_and_epochs() -> None:
         "steps of 16 of 10,000 pictures: teacher 15,000 (24.0 epochs), plain 7,500 (12.0 epochs), "
         "distilled 7,500 (12.0 epochs)"
     )
+    steps = steps_of(parse(["--epochs", "2", "--batch-size", "16"]), 10_000)
+    assert budget(steps, 16, 10_000).endswith(
+        "distilled 1,250 (2.0 epochs); the teacher trains for fewer steps: see --teacher-epochs"
+    )
 
 
 @pytest.mark.slow

@@ -2,12 +2,11 @@
 
 import pytest
 
-from tests.helpers.cases import CASES, KINDS, LOSSES, MANY_PAIRS, RELATIONS
+from tests.helpers.cases import CASES, KINDS, LOSSES, MANY_PAIRS
 from tests.helpers.module_cases import MODULE_CASES
 
 each_case = pytest.mark.parametrize("case", CASES + MANY_PAIRS, ids=str)
 each_loss = pytest.mark.parametrize("case", LOSSES, ids=str)
-each_relation = pytest.mark.parametrize("case", RELATIONS + MANY_PAIRS, ids=str)
 each_module = pytest.mark.parametrize("case", MODULE_CASES, ids=str)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

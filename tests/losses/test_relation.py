@@ -17,7 +17,7 @@ from featkd import (
 from featkd.losses import _pairs, relation
 from tests.helpers import reference
 from tests.helpers.cases import KINDS, MANY_PAIRS, RELATIONS, gradients_of
-from tests.helpers.marks import each_kind, each_relation
+from tests.helpers.marks import each_kind
 from tests.helpers.strategies import (
     RELATION,
     each_symmetry,
