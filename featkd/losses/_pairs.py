@@ -12,7 +12,8 @@ from ._blocks import in_forward_mode, map_blocks
 from ._numerics import full_precision
 
 _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
-# So many pairs of a batch at most are computed as they are written: faster, in 8 MiB a matrix.
+# Square maps of so many pairs a batch are computed as the formula is written: faster, in 8 MiB a
+# matrix. Longer sums would lose digits.
 _FEW = 1 << 21
 
 
@@ -20,8 +21,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """`softmax(scale * query^T key) value`; `(B, D, N), (B, D, M), (B, E, M) -> (B, E, N)`."""
     if torch.compiler.is_compiling():  # a choice would bind the shapes
         return _fused_attention(query.mT, key.mT, value.mT, scale).mT
-    pairs = query.shape[0] * query.shape[2] * key.shape[2]
-    if pairs <= _FEW or in_forward_mode():  # the kernels have no such derivative
+    few = query.shape[0] * max(query.shape[2], key.shape[2]) ** 2 <= _FEW
+    if few or in_forward_mode():  # the kernels have no such derivative
         with full_precision(query):
             logits = query.mT @ key
             weights = (logits if scale == 1 else scale * logits).softmax(2)
