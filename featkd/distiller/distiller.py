@@ -16,15 +16,10 @@ from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
 from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
-from ..taps.paths import (
-    pair_of,
-    require_in_both,
-    require_module,
-    require_no_shared_weights,
-    require_synchronised,
-)
+from ..taps.paths import pair_of, require_in_both, require_module
 from ..taps.tap import FeatureTap
 from .call import called
+from .models import require_gradients, require_no_shared_weights, require_synchronised
 from .normalization import require_one_normalization
 from .placement import home, placed
 from .shared_input import SharedInput
@@ -232,14 +227,7 @@ class Distiller(nn.Module):
             output = called(self.student_forward, self.student, *args, **kwargs)
         shared = None if self._shared is None else self._shared.pop()
         ours = self._student_tap.pop()
-        for level, features in ours.items():
-            if torch.is_grad_enabled() and not features.requires_grad:
-                raise RuntimeError(
-                    f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
-                    "unfreeze it, or leave this level out of `layers` and `loss`; or it ran under "
-                    "`no_grad`, `inference_mode` or reentrant checkpointing (take "
-                    "`use_reentrant=False`)."
-                )
+        require_gradients(ours)
         call = partial(self._call_teacher, args, kwargs, shared)
         theirs = teacher_features(self._teacher_tap, call, self.early_stop, ours)
         if isinstance(self.loss, FeatureDistillationLoss) and self.loss.single:

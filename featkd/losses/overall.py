@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .._checks import require_count, require_tensor
 from ..presets import STANDARDIZED, Hyperparameters
 from ._level import admit
+from ._levels import SINGLE_LEVEL, level_names, module_name, per_level, require_levels
 from ._numerics import compute_dtype
 from ._options import require_form, require_resize
 from .attention import MAPS, Maps, maps_over
@@ -19,8 +19,6 @@ from .non_local import NonLocalLoss
 from .transfer import AttentionTransferLoss
 
 Features = Tensor | Mapping[str, Tensor]
-SINGLE_LEVEL = "features"
-T = TypeVar("T")
 
 
 class FeatureDistillationLoss(nn.Module):
@@ -94,18 +92,18 @@ class FeatureDistillationLoss(nn.Module):
         self.resize = resize
         self.normalize = normalize
         self.single = not isinstance(student_channels, Mapping)
-        self.levels = _level_names(student_channels)
+        self.levels = level_names(student_channels)
         if isinstance(teacher_channels, Mapping) == self.single:
             rule = "an integer" if self.single else "a mapping"
             found = type(teacher_channels).__name__
             raise TypeError(
                 f"`teacher_channels` must be {rule}, as `student_channels` is, got {found}."
             )
-        ours = _per_level("student_channels", student_channels, self.levels)
-        theirs = _per_level("teacher_channels", teacher_channels, self.levels)
+        ours = per_level("student_channels", student_channels, self.levels)
+        theirs = per_level("teacher_channels", teacher_channels, self.levels)
         self.channels = {level: (ours[level], theirs[level]) for level in self.levels}
-        widths = _per_level("inter_channels", inter_channels, self.levels)
-        factors = _per_level("subsample", subsample, self.levels)
+        widths = per_level("inter_channels", inter_channels, self.levels)
+        factors = per_level("subsample", subsample, self.levels)
         # Here for all terms: one without weight builds nothing that would check them.
         for level in self.levels:
             at_level = "" if self.single else f"[{level!r}]"
@@ -121,7 +119,7 @@ class FeatureDistillationLoss(nn.Module):
         settings = hyperparameters
         for level, channels in self.channels.items():
             if settings.alpha:
-                self.attention_transfer[_module_name(level)] = AttentionTransferLoss(
+                self.attention_transfer[module_name(level)] = AttentionTransferLoss(
                     *channels,
                     attention=settings.transfer_attention,
                     absolute=settings.absolute,
@@ -130,7 +128,7 @@ class FeatureDistillationLoss(nn.Module):
                     standardize=settings.standardize,
                 )
             if settings.beta:
-                self.attention_masked[_module_name(level)] = AttentionMaskedLoss(
+                self.attention_masked[module_name(level)] = AttentionMaskedLoss(
                     *channels,
                     temperature=settings.temperature,
                     fusion=settings.fusion,
@@ -140,7 +138,7 @@ class FeatureDistillationLoss(nn.Module):
                     standardize=settings.standardize,
                 )
             if settings.gamma:
-                self.non_local[_module_name(level)] = NonLocalLoss(
+                self.non_local[module_name(level)] = NonLocalLoss(
                     *channels,
                     kind=settings.kind,
                     inter_channels=widths[level],
@@ -197,7 +195,7 @@ class FeatureDistillationLoss(nn.Module):
             student, _ = pairs[self.levels[0]]
             return torch.zeros((), dtype=compute_dtype(student), device=student.device)
         values = [
-            losses[_module_name(level)]._of_pair(*pair, maps.get(level))  # type: ignore[operator]
+            losses[module_name(level)]._of_pair(*pair, maps.get(level))  # type: ignore[operator]
             for level, pair in pairs.items()
         ]
         total = torch.stack(values).sum(0) if len(values) > 1 else values[0]
@@ -210,44 +208,4 @@ class FeatureDistillationLoss(nn.Module):
         if not isinstance(features, Mapping):
             found = type(features).__name__
             raise TypeError(f"`{name}` must be a mapping from level to tensor, got {found}.")
-        return _require_levels(name, features, self.levels)
-
-
-def _level_names(channels: int | Mapping[str, int]) -> tuple[str, ...]:
-    if not isinstance(channels, Mapping):
-        if not isinstance(channels, int):
-            found = type(channels).__name__
-            raise TypeError(
-                "`student_channels` must be an integer or a mapping from level to one, "
-                f"got {found}."
-            )
-        return (SINGLE_LEVEL,)
-    for level in channels:
-        if not isinstance(level, str):
-            found = type(level).__name__
-            raise TypeError(f"`student_channels` must have strings for level names, got {found}.")
-    # ModuleDict takes no name that is empty or one of its own attributes'.
-    taken = [name for name in channels if not name or "/" in name or hasattr(nn.ModuleDict(), name)]
-    if taken or not channels:
-        raise ValueError(
-            "`student_channels` must have at least one level, none with a '/' or named like an "
-            f"attribute of nn.ModuleDict, got {list(channels)}."
-        )
-    return tuple(channels)
-
-
-def _per_level(name: str, value: T | Mapping[str, T], levels: tuple[str, ...]) -> Mapping[str, T]:
-    if isinstance(value, Mapping):
-        return _require_levels(name, value, levels)
-    return dict.fromkeys(levels, value)
-
-
-def _require_levels(name: str, values: Mapping[str, T], levels: tuple[str, ...]) -> Mapping[str, T]:
-    if set(values) != set(levels):
-        raise ValueError(f"`{name}` must have the levels {list(levels)}, got {list(values)}.")
-    return values
-
-
-def _module_name(level: str) -> str:
-    """A module's name holds no dot; a level's may, where it is a path."""
-    return level.replace(".", "/")
+        return require_levels(name, features, self.levels)

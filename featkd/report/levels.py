@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .._table import table, times
-from ..losses.overall import FeatureDistillationLoss, _module_name
+from ..losses._levels import module_name
+from ..losses.overall import FeatureDistillationLoss
 from ..taps.trace import Shape, largest, maps_in, stride_of
 from .magnitudes import Magnitude
 
@@ -86,7 +87,7 @@ def _adapter_parameters(loss: nn.Module, levels: Sequence[str]) -> dict[str, int
     counts = dict.fromkeys(levels, 0)
     for name, value in loss.named_parameters():
         parts = name.split(".")
-        own = [level for level in levels if len(levels) == 1 or _module_name(level) in parts]
+        own = [level for level in levels if len(levels) == 1 or module_name(level) in parts]
         if value.requires_grad and len(own) == 1:
             counts[own[0]] += value.numel()
     told = sum(counts.values()) == _trained(loss)

@@ -1,0 +1,56 @@
+"""What a distiller asks of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def require_no_shared_weights(name: str, module: nn.Module, teacher: nn.Module) -> None:
+    """What is trained holds no weight or buffer of the teacher: training would change both."""
+    held = {_identity(value) for value in (*teacher.parameters(), *teacher.buffers())}
+    own = (*module.named_parameters(), *module.named_buffers())
+    shared = [path for path, value in own if _identity(value) in held]
+    if shared or module is teacher:
+        found = "the same module" if module is teacher else f"{shared[0]!r} in both"
+        raise ValueError(f"`teacher` must share no weights with `{name}`, got {found}.")
+
+
+def require_synchronised(student: nn.Module, loss: nn.Module) -> None:
+    """What averages the student's gradients over the processes averages the loss's too."""
+    wrapper = next(filter(_averages_gradients, student.modules()), None)
+    averaged = {
+        id(value) for m in loss.modules() if _averages_gradients(m) for value in m.parameters()
+    }
+    left_out = [v for v in loss.parameters() if v.requires_grad and id(v) not in averaged]
+    if wrapper is not None and left_out:
+        found = type(wrapper).__name__
+        raise ValueError(
+            "`student` must not be wrapped by itself, as the parameters of `loss` would differ "
+            f"from process to process, got {found}: wrap the distiller, `{found}(Distiller(...))`."
+        )
+
+
+def _averages_gradients(module: nn.Module) -> bool:
+    wraps = isinstance(module, nn.parallel.DistributedDataParallel)
+    return wraps or "_fsdp_wrapped_module" in module._modules
+
+
+def _identity(value: Tensor) -> int:
+    """Where the values lie, or, where that is not to be asked, which object it is."""
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return (plain and value.data_ptr()) or id(value)
+
+
+def require_gradients(features: Mapping[str, Tensor]) -> None:
+    """The student's features, by level, carry a gradient where one is recorded."""
+    for level, value in features.items():
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise RuntimeError(
+                f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
+                "unfreeze it, or leave this level out of `layers` and `loss`; or it ran under "
+                "`no_grad`, `inference_mode` or reentrant checkpointing (take "
+                "`use_reentrant=False`)."
+            )
