@@ -221,6 +221,6 @@ def _gradients(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | No
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    """Over all gradients; of a float16 one the sum of squares would overflow."""
+    """Over all gradients; in float16 it would overflow."""
     found = [g for g in gradients if g is not None]
     return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=compute_dtype(g))) for g in found))

@@ -74,10 +74,10 @@ def test_a_small_mask_in_front_of_the_image_does_not_give_the_stride():
     assert (level.student_stride, level.teacher_stride) == (2.0, 2.0)
 
 
-def test_gradients_of_float16_whose_squares_overflow():
-    """Of a student in float16: each is below 65,504, the sum of their squares is not."""
-    parameter = torch.zeros(4, dtype=torch.float16)
-    assert _norm([torch.full_like(parameter, 3e4), None]) == pytest.approx(6e4, rel=1e-3)
+def test_gradients_of_float16_whose_norm_overflows():
+    """Of a student in float16: each is below 65,504, their norm is not."""
+    gradient = torch.full((16,), 3e4, dtype=torch.float16)
+    assert _norm([gradient, None]) == pytest.approx(1.2e5, rel=1e-3)
 
 
 def test_the_size_of_the_features_is_before_the_adapters():
