@@ -202,8 +202,8 @@ def _tappable(
     except Exception as error:
         raise ValueError(
             f"`{name}` must run on the example inputs, got {type(error).__name__}: {error}. Both "
-            "models get the same ones: where they take others, match parts that take the same "
-            "images, such as `teacher.backbone`."
+            "models get the same ones, each as an argument of its own (`*batch`): where they take "
+            "others, match parts that take the same images, such as `teacher.backbone`."
         ) from error
     pixels = first_image(root)
     read_maps(ended, pixels)

@@ -390,6 +390,18 @@ def test_a_model_compiled_as_one_graph_is_traced_without_it_or_is_an_error():
         assert "c2" in match_layers(model, Net(6), PIXELS.double()).layers
 
 
+class TakesTargets(Net):
+    def forward(self, images, targets):
+        return super().forward(images)
+
+
+def test_a_batch_given_as_one_argument_is_an_error_whose_advice_works():
+    batch = (PIXELS.double(), ["targets"])
+    with pytest.raises(ValueError, match=r"each as an argument of its own \(`\*batch`\)"):
+        match_layers(TakesTargets(4), TakesTargets(6), batch)
+    assert "c2" in match_layers(TakesTargets(4), TakesTargets(6), *batch).layers
+
+
 def nested(module, depth):
     for _ in range(depth):
         module = nn.Sequential(module)

@@ -206,13 +206,14 @@ SCHEDULES = [
 NEAR_BOXES = STANDARDIZED | FPN | {"masks": "near"}
 # What fine-grained imitation has and the default has not: its positions, the teacher's own scale.
 IN_TEACHER_UNITS = STANDARDIZED | FPN | {"unit": "teacher"}
-UNITS = [STANDARDIZED | FPN, NEAR_BOXES, IN_TEACHER_UNITS, NEAR_BOXES | IN_TEACHER_UNITS]
+NEAR_IN_TEACHER_UNITS = NEAR_BOXES | IN_TEACHER_UNITS
+UNITS = [STANDARDIZED | FPN, NEAR_BOXES, IN_TEACHER_UNITS, NEAR_IN_TEACHER_UNITS]
 # What a perfect mask would bring, and the paper's in its place.
 TRUE_BOXES = [
     STANDARDIZED | FPN,
     STANDARDIZED | FPN | {"masks": "boxes"},
     NEAR_BOXES,
-    NEAR_BOXES | IN_TEACHER_UNITS,
+    NEAR_IN_TEACHER_UNITS,
     *map(with_mask, (8.0, 2.0)),
 ]
 # Terms and masks on real pictures, with the perfect mask.
