@@ -29,7 +29,11 @@ BUILDERS = tuple(
 CLASSIFIERS = list_models(torchvision.models)
 RESNETS = tuple(name for name in CLASSIFIERS if "resnet" in name or "resnext" in name)
 MOBILENETS = tuple(name for name in CLASSIFIERS if name.startswith("mobilenet"))
-COMPACT = {"compact": None, **{f"compact_{name}": name for name in BACKBONES}, **{name: name for name in LAST}}
+COMPACT = {
+    "compact": None,
+    **{f"compact_{name}": name for name in BACKBONES},
+    **{name: name for name in LAST},
+}
 NAMES = (*COMPACT, *BUILDERS, *RESNETS, *MOBILENETS)
 # They take no other size.
 FIXED_SIZES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}

@@ -40,8 +40,8 @@ class _CorrelationDistance(torch.autograd.Function):
         for block in channel_blocks(b, maps=2):
             both = torch.stack((a[:, block].to(dtype), b[:, block].to(dtype)))
             rest, of_both = centred(both, (3, 4), fresh=True)
-            s, t = rest.mul_(of_both[1])
-            square = s.sub_(t).square_()
+            rest = rest.mul_(of_both[1])
+            square = rest[0].sub_(rest[1]).square_()  # unpacked, no tracer would take it
             if by_position is not None:
                 square = square.mul_(by_position[:, None])
             energy = square.mean(OVER_POSITIONS, keepdim=True)

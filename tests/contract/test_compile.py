@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._export.verifier import SpecViolationError
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import featkd
 from tests.helpers.cases import CASES, KINDS
@@ -39,6 +40,18 @@ def leaves(case, **options):
 def test_functions(case):
     compiled = torch.compile(case.of_one, fullgraph=True, backend="aot_eager")
     agree(case.of_one, compiled, leaves(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_make_fx_traces_of_functions_and_gradients_equals_eager(case):
+    def both(*tensors):
+        output = case.of_one(*tensors)
+        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
+
+    traced = make_fx(both)(*leaves(case))
+    others = leaves(case, seed=1)
+    for a, b in zip(traced(*others), both(*others), strict=True):
+        close(a, b)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in INDUCTOR], ids=str)
