@@ -11,11 +11,16 @@ from torch import nn
 
 from ._listing import listing, pair_table
 from ._table import times
+from .distiller.placement import home, placed
 from .taps.layouts import Convert, from_channels_last
 from .taps.stages import Forward, Spot
 from .taps.trace import Call, Shape, first_image, read_maps, trace
 
 __all__ = ["Layer", "LayerMatch", "match_layers"]
+
+OTHER_SIZES = (
+    "Height and width differ, as the models resize their images: with `shared_input` they do not."
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ class LayerMatch:
 
     def __str__(self) -> str:
         parts = [pair_table(self.pairs) if self.pairs else self._without_pairs()]
+        if any(ours.shape[2:] != theirs.shape[2:] for ours, theirs in self.pairs.values()):
+            parts.append(OTHER_SIZES)
         if self.others:
             parts += ["`select` takes these as well:", pair_table(self.others)]
         return "\n\n".join([*parts, "`print(match.all)` lists each model's layers."])
@@ -127,13 +134,14 @@ def match_layers(
 ) -> LayerMatch:
     """Lists the layers of two models that can be tapped and pairs them by stride.
 
-    Both models are called once with the example, in `eval` mode without gradients, and left as
-    they were. A layer is listed if its module runs once and puts out one feature map. Its stride is
-    the image's height over its own. The image is the largest map that the model takes in. A map is
-    what shrinks alike in height and width: read as `(B, C, H, W)`, or as `(B, H, W, C)` where only
-    that fits. Height and width that differ in the example tell the two apart; see `.convert` of the
-    result. Tokens `(B, N, C)` are not listed, as their H x W is not known. A patch projection in
-    front of tokens is marked in the table, as it is no deep feature.
+    Each model is called once with the example, on its device and in its dtype, in `eval` mode
+    without gradients, and left as it was. A layer is listed if its module runs once and puts out
+    one feature map. Its stride is the image's height over its own. The image is the largest map
+    that the model takes in. A map is what shrinks alike in height and width: read as
+    `(B, C, H, W)`, or as `(B, H, W, C)` where only that fits. Height and width that differ in the
+    example tell the two apart; see `.convert` of the result. Tokens `(B, N, C)` are not listed, as
+    their H x W is not known. A patch projection in front of tokens is marked in the table, as it is
+    no deep feature.
 
     The pairs are those of the feature pyramids where both models have one. A pyramid is what an FPN
     puts out at one width (`"p3"`), or what enters a head that takes several maps, or what a model
@@ -197,6 +205,7 @@ def _tappable(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
+    args, kwargs = placed((args, kwargs), *home(model))
     try:
         root = trace(model, args, kwargs, ended)
     except Exception as error:

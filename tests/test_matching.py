@@ -390,6 +390,30 @@ def test_a_model_compiled_as_one_graph_is_traced_without_it_or_is_an_error():
         assert "c2" in match_layers(model, Net(6), PIXELS.double()).layers
 
 
+def test_a_teacher_of_another_dtype_gets_the_example_in_its_own():
+    half = Net(6).bfloat16()
+    assert match_layers(Net(4), half, PIXELS.double()).pairs.keys() == {"c1", "c2"}
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+class Resizes(Net):
+    """Takes a list of images, as torchvision's detectors do, and every other pixel of them."""
+
+    def __init__(self, width, step):
+        super().__init__(width)
+        self.step = step
+
+    def forward(self, images):
+        return super().forward(torch.stack(images)[..., :: self.step, :: self.step])
+
+
+def test_pairs_of_other_sizes_are_said_to_want_a_shared_input():
+    said = "with `shared_input` they do not."
+    image = [PIXELS[0].double()]
+    assert said in str(match_layers(Resizes(4, 1), Resizes(6, 2), image))
+    assert said not in str(match_layers(Resizes(4, 2), Resizes(6, 2), image))
+
+
 class TakesTargets(Net):
     def forward(self, images, targets):
         return super().forward(images)

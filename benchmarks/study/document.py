@@ -32,7 +32,7 @@ ONE_DETECTOR = {
     "ten_seeds",
 }
 # featkd's settings on every detector, each beside the plain student.
-SETTINGS = {"mask", "true_boxes", "units", "by_gradient"}
+SETTINGS = {"mask", "true_boxes", "units", "picture_weights", "by_gradient"}
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",

@@ -275,6 +275,9 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
         UNITS, SECONDARY_SEEDS, [(PICTURES, PICTURE_TEACHERS)], PICTURE_STEPS
     ),
     "steadiness": on_every_detector(STEADINESS, SECONDARY_SEEDS, SCENES),
+    "picture_weights": on_every_detector(
+        STEADINESS, SECONDARY_SEEDS, [(PICTURES, PICTURE_TEACHERS)], PICTURE_STEPS
+    ),
     "mask": on_every_detector(MASKS, TUNE_SEEDS, SPARSE_TUNE),
     "scale_free": secondary_runs(SCALE_FREE, SPARSE_TEACHERS, data=SPARSE),
     "schedules": secondary_runs(SCHEDULES, SPARSE_TEACHERS, data=SPARSE),

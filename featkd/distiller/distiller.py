@@ -236,7 +236,8 @@ class Distiller(nn.Module):
             losses = self.loss(ours, theirs)
         require_losses(losses, output)
         inputs = (args, kwargs) if shared is None else shared
-        return Step(output, losses, ours, theirs, inputs, self._paths)
+        noted = () if self._shared is None or shared is None else self._shared.notes(shared)
+        return Step(output, losses, ours, theirs, inputs, self._paths, tuple(noted))
 
     def _call_teacher(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None

@@ -46,11 +46,10 @@ def _identity(value: Tensor) -> int:
 
 def require_gradients(features: Mapping[str, Tensor]) -> None:
     """The student's features, by level, carry a gradient where one is recorded."""
-    for level, value in features.items():
-        if torch.is_grad_enabled() and not value.requires_grad:
-            raise RuntimeError(
-                f"`layers[{level!r}]` must carry a gradient, got a frozen part of the student: "
-                "unfreeze it, or leave this level out of `layers` and `loss`; or it ran under "
-                "`no_grad`, `inference_mode` or reentrant checkpointing (take "
-                "`use_reentrant=False`)."
-            )
+    frozen = [level for level, value in features.items() if not value.requires_grad]
+    if frozen and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"`layers` must carry a gradient each, got frozen parts of the student at {frozen}: "
+            "unfreeze them, or leave these levels out of `layers` and `loss`; or they ran under "
+            "`no_grad`, `inference_mode` or reentrant checkpointing (take `use_reentrant=False`)."
+        )

@@ -60,14 +60,8 @@ class Renormalize:
         return lengths <= {1, channels} and (channels in lengths or channels == 3)
 
 
-def renormalization(
-    student: nn.Module, source: nn.Module, teacher: nn.Module, target: nn.Module
-) -> Renormalize | None:
-    """From what enters the student's part `source` to what should enter the teacher's `target`.
-
-    `None` where the two agree, or where one of the models says nothing.
-    """
-    ours, theirs = _stated(student, source), _stated(teacher, target)
+def renormalization(ours: Normalization | None, theirs: Normalization | None) -> Renormalize | None:
+    """`None` where the two agree, or where one of the models says nothing."""
     if ours is None or theirs is None or ours.agrees(theirs):
         return None
     return Renormalize(ours, theirs)
@@ -76,15 +70,15 @@ def renormalization(
 def require_one_normalization(student: nn.Module, teacher: nn.Module) -> None:
     """For models that take one batch, normalised already: mmdet's."""
     ours, theirs = innermost(student), innermost(teacher)
-    if renormalization(ours, ours, theirs, theirs) is not None:
+    if renormalization(stated(ours, ours), stated(theirs, theirs)) is not None:
         raise ValueError(
             "`shared_input` must be given where the models' `data_preprocessor` normalise "
             "otherwise, such as 'backbone', or `teacher_forward` that does, got None."
         )
 
 
-def _stated(model: nn.Module, part: nn.Module) -> Normalization | None:
-    """By the innermost of what holds `part`."""
+def stated(model: nn.Module, part: nn.Module) -> Normalization | None:
+    """Of what enters `part`, by the innermost of what holds it."""
     holders = [module for module in model.modules() if part in set(module.modules())]
     for module in reversed(holders):
         # mmdet normalises in front of the whole detector, torchvision inside of it.

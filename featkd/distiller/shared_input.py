@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from ..taps.paths import resolve
 from ..taps.tap import FeatureTap
-from .normalization import renormalization
+from .normalization import renormalization, stated
 from .placement import placed, weights_of
 
 NAME = "shared_input"
@@ -41,10 +41,21 @@ class SharedInput:
         # A path with `:input[item]` names one of several.
         path = paths[0] if ":" in paths[0] else f"{paths[0]}:input"
         self.tap = FeatureTap(student, {NAME: path})
-        self.convert = convert or renormalization(student, ours, teacher, self.part)
+        normalizations = stated(student, ours), stated(teacher, self.part)
+        self.convert = convert or renormalization(*normalizations)
+        self.teacher_alone = convert is None and normalizations[0] is None is not normalizations[1]
 
     def pop(self) -> Tensor:
         return self.tap.pop()[NAME]
+
+    def notes(self, shared: Tensor) -> Iterator[str]:
+        """What may be wrong with images, of one channel or three."""
+        if self.teacher_alone and shared.dim() == 4 and shared.shape[1] in (1, 3):
+            yield (
+                "the teacher normalises its images and the student does not say how it does: the "
+                "teacher gets the student's pixels as they are. Give `convert_input`, which may "
+                "return them as they are."
+            )
 
     def run_teacher(self, shared: Tensor) -> None:
         found: object = shared if self.convert is None else self.convert(shared)

@@ -28,8 +28,8 @@ from .models import larger_student, same_weights
 
 LOGGER = logging.getLogger("featkd")
 NO_DETECTOR_LOSS = (
-    "The detector's loss is not known: the student returned none (torchvision's detectors return "
-    "theirs in training mode alone: `distiller.train()`)."
+    "The detector's loss is not known: the student returned no mapping of scalars, no object with "
+    "a `.loss`, no (loss, items) pair and no scalar. `student_forward` can return one."
 )
 IN_EVAL_MODE = "the student is in `eval` mode where it is to be trained: `distiller.train()`."
 NOT_DISTILLING = (
@@ -116,16 +116,15 @@ def make_report(
     levels = level_reports(step, loss, found)
     notes = [
         _aim(total, norm),
+        *([] if student.training else [IN_EVAL_MODE]),
         *left_out,
         *without_level(levels, loss),
-        *_seen_forward(levels, found, loss, losses),
+        *_seen_forward(step, levels, found, loss),
         *_without_gradient(terms),
     ]
     if called_alike and not any(faults(found)):
         notes += same_weights(student, teacher)
     notes += larger_student(student, teacher)
-    if detector is not None and not student.training:
-        notes.append(IN_EVAL_MODE)
     own = None if detector is None or norm is None else term("detector", detector, norm)
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
@@ -141,7 +140,7 @@ def log_first_step(step: Step, loss: nn.Module) -> None:
     levels = level_reports(step, loss, found)
     LOGGER.info("Distilling\n%s", level_table(levels))
     if all(magnitude.student is not None for magnitude in found.values()):
-        for text in _seen_forward(levels, found, loss, step.losses):
+        for text in _seen_forward(step, levels, found, loss):
             LOGGER.warning(text)
 
 
@@ -171,16 +170,14 @@ def _aim(distillation: TermReport, detector: float | None) -> str:
 
 
 def _seen_forward(
-    levels: Sequence[LevelReport],
-    found: Mapping[str, Magnitude],
-    loss: nn.Module,
-    losses: Mapping[str, Tensor],
+    step: Step, levels: Sequence[LevelReport], found: Mapping[str, Magnitude], loss: nn.Module
 ) -> Iterator[str]:
     """What is wrong and shows without a backward."""
+    yield from step.notes
     yield from far_strides(levels)
     yield from without_a_shape(levels, loss)
     yield from faults(found)
-    values = {name: value.sum().item() for name, value in losses.items()}
+    values = {name: value.sum().item() for name, value in step.losses.items()}
     for name, value in values.items():
         if not math.isfinite(value):
             yield f"the term {name!r} is {value}: a step with it spoils every weight."

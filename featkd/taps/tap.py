@@ -169,15 +169,20 @@ class FeatureTap:
             for alias, module in self._modules.items():
                 require_in_place(self.model, self.layers[alias], f"layers[{alias!r}]", module)
         features = {}
+        frozen = {}
         for alias, expected in self.calls.items():
             found = captured.get(alias, [])
             if len(found) != expected:
                 raise RuntimeError(self._miscount(alias, expected, len(found)))
             for index, (feature, version) in enumerate(found):
-                self._require_intact(alias, feature, version, grad_enabled)
+                self._require_intact(alias, feature, version)
                 name = alias if expected == 1 else f"{alias}[{index}]"
+                if alias in self._outputs and not feature.requires_grad:
+                    frozen[name] = self.layers[alias]
                 size = sizes[alias][index]
                 features[name] = converted(self.convert.get(alias), feature, size, alias)
+        if frozen and grad_enabled and torch.is_grad_enabled():
+            self._require_frozen_as_a_whole(frozen)
         return features
 
     def remove(self) -> None:
@@ -212,24 +217,20 @@ class FeatureTap:
             "`torch.compiler.reset()`."
         )
 
-    def _require_intact(
-        self, alias: str, feature: Tensor, version: int | None, grad_enabled: bool
-    ) -> None:
-        path = self.layers[alias]
+    def _require_intact(self, alias: str, feature: Tensor, version: int | None) -> None:
         if version is not None and feature._version != version:
             raise RuntimeError(
                 f"`layers[{alias!r}]` must stay as captured, got an in-place change behind "
-                f"{path!r}: use `clone=True`."
+                f"{self.layers[alias]!r}: use `clone=True`."
             )
-        recorded = grad_enabled and torch.is_grad_enabled()
-        if alias not in self._outputs or feature.requires_grad or not recorded:
-            return
+
+    def _require_frozen_as_a_whole(self, frozen: dict[str, str]) -> None:
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             raise RuntimeError(
-                f"`layers[{alias!r}]` must carry a gradient, got none from {path!r}: parameters "
-                "are frozen (leave this level out, here and in the loss), or it runs under "
-                "`no_grad`, `inference_mode` or reentrant checkpointing (take "
-                "`use_reentrant=False`); call a teacher under `torch.no_grad()`."
+                f"`layers` must carry a gradient each, got none at {frozen}: parameters are frozen "
+                "(leave these levels out, here and in the loss), or they run under `no_grad`, "
+                "`inference_mode` or reentrant checkpointing (take `use_reentrant=False`); call a "
+                "teacher under `torch.no_grad()`."
             )
 
 

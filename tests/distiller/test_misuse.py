@@ -241,8 +241,15 @@ def test_misuse(error, call, mention):
 def test_a_wholly_frozen_student_is_an_error():
     distiller = make()
     distiller.student.requires_grad_(False)
-    said = "must carry a gradient, got a frozen part of the student", "unfreeze it, or leave this"
-    raises(RuntimeError, lambda: distiller(images()), "`layers['c1']`", *said)
+    said = (
+        f"must carry a gradient each, got frozen parts of the student at {list(LEVELS)}: unfreeze"
+    )
+    raises(RuntimeError, lambda: distiller(images()), said)
+    raises(RuntimeError, lambda: distiller.report(images()), said)
+    distiller.student.backbone.c2.requires_grad_(True)
+    raises(
+        RuntimeError, lambda: distiller(images()), "got none at {'c1': 'backbone.c1'}: parameters"
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +271,7 @@ def test_a_wrong_path_is_an_error_that_says_whose(paths, said):
 
 def test_a_student_under_reentrant_checkpointing_is_an_error_that_says_so():
     distiller = make(student_forward=partial(checkpoint, use_reentrant=True))
-    said = "`layers['c1']`", "reentrant checkpointing (take `use_reentrant=False`)"
+    said = "`layers`", "reentrant checkpointing (take `use_reentrant=False`)"
     raises(RuntimeError, lambda: distiller(images().requires_grad_()), *said)
 
 

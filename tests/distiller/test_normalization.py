@@ -172,6 +172,33 @@ def test_what_is_no_image_or_of_unknown_normalisation_is_shared_as_it_is(ours, t
     assert torch.equal(*(seen[0] for seen in inputs))
 
 
+SAID = "he teacher normalises its images and the student does not say how it does"
+ONE_SIDED = {
+    "the teacher says it": (None, "torchvision", "backbone", True),
+    "mmdet's teacher says it": (None, "mmdet", "backbone", True),
+    "the teacher says it of no image": (None, "torchvision", "backbone.c2", False),
+    "the student says it": ("ssd", None, "backbone", False),
+    "both say it": ("ssd", "torchvision", "backbone", False),
+    "neither says it": (None, None, "backbone", False),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "path", "noted"), ONE_SIDED.values(), ids=ONE_SIDED)
+def test_pixels_that_the_teacher_alone_says_how_to_normalise_are_noted(
+    ours, theirs, path, noted, caplog
+):
+    kinds = NORMALIZED | {None: Net}
+    layers, options = {"c2": "backbone.c2"}, {"shared_input": path}
+    for convert in (None, lambda pixels: pixels):
+        student, teacher = kinds[ours](4), kinds[theirs](4)
+        caplog.clear()
+        distiller = Distiller(student, teacher, Seen(), layers, convert_input=convert, **options)
+        distiller(images())
+        expected = noted and convert is None
+        assert (SAID in caplog.text) == expected
+        assert (SAID in str(distiller.report(images()))) == expected
+
+
 def test_numbers_that_differ_in_rounding_alone_convert_nothing():
     """mmdet's are torchvision's times 255."""
     student, teacher = NORMALIZED["mmdet"](4), NORMALIZED["torchvision"](6)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from featkd import Distiller, FeatureDistillationLoss, FeatureTap
 from featkd._preserve import preserved
 from featkd.report.detector_loss import detector_loss
-from featkd.report.report import _norm
+from featkd.report.report import NO_DETECTOR_LOSS, _norm
 from tests.helpers.models import (
     LEVELS,
     Net,
@@ -139,7 +139,28 @@ def test_without_a_known_loss_of_the_detector_there_is_no_ratio():
     assert all(term.gradient_ratio is None for term in report.terms)
     assert min(term.gradient_norm for term in report.terms) > 0
     assert str(report).split("\n\n")[1].splitlines()[1].endswith("  -")
-    assert str(report).endswith("in training mode alone: `distiller.train()`).")
+    assert report.notes == (NO_DETECTOR_LOSS,)
+
+
+def test_a_student_in_eval_mode_that_returns_no_loss_is_told_both():
+    distiller = make(Net(4))
+    distiller.student.eval()
+    said = "The student is in `eval` mode where it is to be trained: `distiller.train()`."
+    assert distiller.report(images()).notes == (NO_DETECTOR_LOSS, said)
+
+
+def test_a_student_of_two_losses_has_a_ratio_by_the_call_that_names_them():
+    class Pair(Student):
+        def forward(self, batch):
+            return tuple(super().forward(batch).values())
+
+    def named(student, batch):
+        return dict(zip(("classes", "boxes"), student(batch), strict=True))
+
+    assert make(Pair()).report(images()).notes[0] == NO_DETECTOR_LOSS
+    report = make(Pair(), student_forward=named).report(images())
+    assert report.detector.value > 0
+    assert report.distillation.gradient_ratio > 0
 
 
 def test_a_detector_that_does_not_train_what_the_distillation_reaches():

@@ -339,8 +339,8 @@ def test_a_part_of_the_model_without_gradient_is_an_error():
     with FeatureTap(model, LEVELS) as tap:
         model(images())
         said = (
-            "`layers['c1']` must carry a gradient, got none from 'backbone.c1': parameters are "
-            "frozen (leave this level out, here and in the loss), or it runs under `no_grad`, "
+            f"`layers` must carry a gradient each, got none at {LEVELS}: parameters are frozen "
+            "(leave these levels out, here and in the loss), or they run under `no_grad`, "
             "`inference_mode` or reentrant checkpointing (take `use_reentrant=False`); call a "
             "teacher under `torch.no_grad()`."
         )
