@@ -55,7 +55,7 @@ def attention_masked_loss(
         channel_mask: M_c, `(B, C)`, at least 0; `None` is all ones.
         reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
             batch as well (the released code); `"mean_square"`, the mean of the images' squares
-            (beyond the paper).
+            (beyond the paper). Of no images each is 0.
         standardize: compare the standardised features s and t (beyond the paper): per image
             :math:`\frac{1}{2CHW} \sum (s - t)^2 M^s M^c`, which has no unit. Without masks it is
             1 - correlation, the mean over the channels, from 0 to 2.

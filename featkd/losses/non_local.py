@@ -39,7 +39,7 @@ def non_local_loss(
         teacher_relation: the same shape.
         reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
             batch as well (the released code); `"mean_square"`, the mean of the images' squares
-            (beyond the paper).
+            (beyond the paper). Of no images each is 0.
         standardize: compare the standardised relations (beyond the paper). Per image the result is
             half the mean squared difference, 1 - correlation, from 0 to 2.
 

@@ -52,7 +52,7 @@ def attention_transfer_loss(
         absolute: attention of \|A\| (the paper) or of A (the authors' released code).
         reduction: `"none"`, `"mean"` or `"sum"` over the images; `"norm"`, the L2 norm over the
             batch as well (the released code); `"mean_square"`, the mean of the images' squares
-            (beyond the paper).
+            (beyond the paper). Of no images each is 0.
         standardize: compare the standardised maps (beyond the paper). Per image the result is the
             sum of two halves of a mean squared difference, each 1 - correlation, from 0 to 2.
 
