@@ -21,10 +21,17 @@ from examples.detection.data import content_of, load_data
 from examples.detection.detectors import tapped
 from examples.detection.dry_run import dry_run
 from examples.detection.exporting import export
-from examples.detection.parts import budget, new_distiller, new_models, new_settings, steps_of
+from examples.detection.parts import (
+    budget,
+    compile_backbones,
+    new_distiller,
+    new_models,
+    new_settings,
+    steps_of,
+)
 from examples.detection.processes import JobError, by_first_rank, join_processes, world
 from examples.detection.report import write_report
-from examples.detection.run_folder import WEIGHTS, RunFolder
+from examples.detection.run_folder import CONFIG, WEIGHTS, RunFolder
 from examples.detection.training import Alone, evaluate, train
 
 STOPPED = 130  # what a shell says of a process that Ctrl-C has ended
@@ -63,8 +70,7 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
     if rank == 0:
         print(budget(steps, options.batch_size, len(data)))
     if options.compile:
-        for model in models.values():
-            model.backbone.compile()
+        compile_backbones(models.values(), device)
 
     def run(name: str, model: nn.Module) -> Curve:
         # The compiler guards no hooks: the plain student's code would serve the tapped one too.
@@ -76,7 +82,10 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
     if options.teacher is None:
         runs["teacher"] = run("teacher", Alone(teacher))
     else:
-        runs["teacher"] = Curve(evaluations=[(0, evaluate(teacher, held_out, settings))])
+        metrics = evaluate(teacher, held_out, settings)
+        if rank == 0:
+            print(f"teacher: held-out AP {metrics['map']:.3f}")
+        runs["teacher"] = Curve(evaluations=[(0, metrics)])
     runs["plain"] = run("plain", Alone(plain))
     runs["distilled"] = run("distilled", distiller)
     if rank == 0:
@@ -86,8 +95,7 @@ def run_job(options: argparse.Namespace, folder: RunFolder, device: torch.device
                 state = {key: value.cpu() for key, value in model.state_dict().items()}
                 write_atomically(folder.path / file, state)
         write_report(options, folder, runs, models, layers, held_out, classes, device)
-        for way in options.export or ():
-            print(export(student, held_out, way, folder.path))
+        export(student, held_out, options.export or (), folder.path)
 
 
 def export_again(options: argparse.Namespace, folder: RunFolder) -> None:
@@ -103,8 +111,7 @@ def export_again(options: argparse.Namespace, folder: RunFolder) -> None:
     folder.compare_read({"classes": content_of(options, loaded)["classes"]})
     student = new_models(options, len(classes))["distilled"]
     student.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    for way in options.export:
-        print(export(student, held_out, way, folder.path))
+    export(student, held_out, options.export, folder.path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error) if world()[0] == 0 else 1) from error
     except KeyboardInterrupt as stop:
         if world()[0] == 0:
-            print(f"{str(stop) or 'stopped'}; go on with --resume", file=sys.stderr)
+            begun = not options.dry_run and (options.output / CONFIG).exists()
+            advice = "; go on with --resume" if begun else ""
+            print(f"{str(stop) or 'stopped'}{advice}", file=sys.stderr)
         raise SystemExit(STOPPED) from stop
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +29,20 @@ class Curve:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes `path`'s place once it is whole; an interrupt leaves the one before."""
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)  # noqa: PTH105
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)  # noqa: PTH105
+    # torch has an error of its own for what the file system refuses.
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise JobError(
+            f"{path} cannot be written, with {free:,.0f} MiB free there: make room, and go on with "
+            f"--resume ({type(error).__name__}: {str(error).splitlines()[0]:.100})"
+        ) from error
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -40,17 +50,19 @@ def write_atomically(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def save(path: Path, parts: dict[str, Any], curve: Curve, step: int) -> None:
+def save(path: Path | None, parts: dict[str, Any], curve: Curve, step: int) -> None:
     """By the first rank alone."""
-    if world()[0] > 0:
+    if path is None or world()[0] > 0:
         return
     content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     content |= {"curve": vars(curve), "step": step}
     write_atomically(path, content)
 
 
-def load(path: Path, parts: dict[str, Any]) -> tuple[Curve, int]:
+def load(path: Path | None, parts: dict[str, Any]) -> tuple[Curve, int]:
     """Goes on from the checkpoint, if there is one, whatever number of ranks has written it."""
+    if path is None:
+        return Curve(), 0
     advice = "remove it, and its training starts again"
     # One reader: another node's view of the file system may lag behind.
     content = by_first_rank(lambda: read(path, advice) if path.exists() else None)

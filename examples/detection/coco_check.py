@@ -27,7 +27,7 @@ def read_file(annotations: Path) -> dict[str, list[Entry]]:
     if not annotations.is_file():
         raise DataError(f"`--annotations` must be a file, got {annotations}")
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{annotations} must be a COCO detection file: {error!r:.200}") from error
     lists = content if isinstance(content, dict) else {}
@@ -164,6 +164,13 @@ def wrong_with(
 
 def has_area(annotation: Entry) -> bool:
     return bool(min(annotation["bbox"][2:]) >= LEAST_SIDE)
+
+
+def area_of(annotation: Entry) -> float:
+    """The object's own, which tells small from large, where it is given; else its box's."""
+    _, _, width, height = annotation["bbox"]
+    own = annotation.get("area")
+    return float(own) if is_number(own) and own > 0 else float(width * height)
 
 
 def is_object(annotation: Entry) -> bool:

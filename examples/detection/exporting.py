@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ from torchvision.ops import boxes as box_ops
 
 from examples.detection.batches import collate
 from examples.detection.checkpoints import replacing
+from examples.detection.processes import JobError
 from examples.detection.run_folder import EXPORTED
 
 LOOKED_AT = 16  # held-out images among which those of the first one's size check the program
@@ -25,26 +26,39 @@ MOST_OTHERS = 0.01
 Found = dict[str, Tensor]
 
 
-def export(student: nn.Module, held_out: Dataset[Any], way: str, folder: Path) -> str:
-    """Writes the file of `way` for images of the first held-out one's size, or says why not."""
+def export(student: nn.Module, held_out: Dataset[Any], ways: Sequence[str], folder: Path) -> None:
+    """In each of `ways`; where one fails the others are still tried."""
+    failures = []
+    for way in ways:
+        try:
+            print(exported(student, held_out, way, folder))
+        except JobError as error:
+            failures.append(str(error))
+    if failures:
+        raise JobError("\n".join(failures))
+
+
+def exported(student: nn.Module, held_out: Dataset[Any], way: str, folder: Path) -> str:
+    """Writes the file of `way` for images of the first held-out one's size, and says what it is."""
     images, _ = collate([held_out[i] for i in range(min(LOOKED_AT, len(held_out)))])
     alike = [image for image in images if image.shape == images[0].shape]
     model = copy.deepcopy(student).cpu().eval()
-    name, exported = EXPORTED[way], WAYS[way]
+    name = EXPORTED[way]
     try:
         with quiet():
-            content, takes, program = exported(model, alike[0])
+            content, takes, program = WAYS[way](model, alike[0])
             count, others = compared(model, program, alike)
     # Whatever an exporter meets in a detector.
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
-        return f"no {name}: {way} does not export this detector ({reason})"
+        raise JobError(f"no {name}: {way} does not export this detector ({reason})") from error
     if others > MOST_OTHERS * count:
-        return f"no {name}: the exported program finds other boxes, {others} of {count}"
+        raise JobError(f"no {name}: the exported program finds other boxes, {others} of {count}")
     with replacing(folder / name) as whole:
         whole.write(content)
     size = " x ".join(map(str, alike[0].shape))
-    same = f"{count - others} of {count} boxes the same on {len(alike)} images"
+    boxes = f"{count - others} of {count} boxes the same" if count else "neither finds a box"
+    same = f"{boxes} on {len(alike)} images"
     return f"{folder / name}: takes {takes} {size}; {same}"
 
 

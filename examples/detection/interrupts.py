@@ -1,29 +1,35 @@
-"""Ctrl-C: a step that has begun ends whole, so that its checkpoint can be saved."""
+"""What asks the job to end: a step that has begun ends whole, and its checkpoint is saved."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Ctrl-C, a cluster or a container that is stopped, a terminal that is closed; Windows has no last.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
 
 @contextmanager
 def interrupts() -> Iterator[list[bool]]:
-    """Holds something once Ctrl-C was pressed, so that a step ends whole; a second one kills."""
+    """Holds something once a signal came, so that a step ends whole; a second of its kind kills."""
     asked: list[bool] = []
+    before = {}
 
-    def note(*_: object) -> None:
+    def note(number: int, _: object) -> None:
         asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
 
-    if threading.current_thread() is not threading.main_thread():
-        # Python hears signals in the main thread alone.
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, note)
+    # Python hears signals in the main thread alone.
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+                before[number] = signal.signal(number, note)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_interrupts_to_main(_: int) -> None:

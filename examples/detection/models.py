@@ -148,6 +148,9 @@ def load_start(model: nn.Module, file: Path, option: str) -> None:
     wanted = model.state_dict()
     if not isinstance(content, dict) or content.keys() != wanted.keys():
         raise JobError(f"{option} must have the names of this model's weights, got other ones")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise JobError(f"{option} must hold tensors, got {type(value).__name__} under {name}")
     known = fitting(content, wanted)
     anew = [name for name in wanted if name not in known]
     elsewhere = [name for name in anew if not name.startswith(("head.", "roi_heads."))]

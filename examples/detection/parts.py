@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -30,6 +31,13 @@ def new_models(options: argparse.Namespace, classes: int) -> dict[str, nn.Module
     if options.teacher is not None:
         load_teacher(models["teacher"], options.teacher)
     return models
+
+
+def compile_backbones(models: Iterable[nn.Module], device: torch.device) -> None:
+    # With channels last, torch 2.14's narrow strided convolutions write beyond their memory.
+    options = {"layout_optimization": False} if device.type == "cpu" else None
+    for model in models:
+        model.backbone.compile(options=options)
 
 
 def new_settings(options: argparse.Namespace, device: torch.device) -> Settings:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, done: int, unit: str, silent: bool = False) -> None:
         self.name, self.total, self.done, self.unit = name, total, done, unit
+        self.silent = silent
         # tqdm takes None as "no bar where the output is no terminal".
         disable = True if silent else None
         self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, disable=disable)
@@ -36,8 +38,12 @@ class Progress:
             print(", ".join(filter(None, (text, note))), file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        self.bar.write(text)
-        sys.stdout.flush()
+        if self.silent:
+            return
+        # Whoever read it may be gone, as behind `| head`: the work goes on.
+        with suppress(BrokenPipeError):
+            self.bar.write(text)
+            sys.stdout.flush()
 
 
 def expected(seconds: float) -> str:

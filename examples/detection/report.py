@@ -69,6 +69,7 @@ def write_report(
             "torchvision": torchvision.__version__,
             "python": platform.python_version(),
         },
+        "classes": classes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "runs": {name: vars(curve) for name, curve in runs.items()},
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()},

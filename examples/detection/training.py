@@ -27,6 +27,8 @@ METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 MASK_METRICS = ("mask_map", "mask_map_50", "mask_map_75")
 GRADIENT = "the gradient's norm"
 FIRST = 10  # steps that tell the time of the others
+CHECKPOINT_SECONDS = 600.0  # the most between two checkpoints, however few the steps
+EVALUATED = 16  # pictures at once
 
 
 @dataclass
@@ -67,11 +69,12 @@ def train(
     held_out: Dataset[Any],
     steps: int,
     settings: Settings,
-    checkpoint: Path,
+    checkpoint: Path | None,
 ) -> Curve:
     """Trains `model` (an :class:`Alone` or a distiller); its student ends at the averaged weights.
 
-    Goes on from `checkpoint` where there is one, to the same result as an unbroken run.
+    Goes on from `checkpoint` where there is one, to the same result as an unbroken run; `None`
+    saves none.
     """
     rank, ranks = world()
     model.to(settings.device).train()
@@ -99,7 +102,7 @@ def train(
     marks = {steps * (i + 1) // settings.evaluations for i in range(settings.evaluations)}
     begun = time.perf_counter()
     started = begun - curve.seconds
-    saved = done
+    saved, saved_at = done, begun
     with interrupts() as asked, Progress(name, steps, done, "step", silent=rank > 0) as progress:
         for step, batch in enumerate(loader, done + 1):
             batch = to_device(batch, settings.device)
@@ -114,7 +117,8 @@ def train(
             terms = numbers(losses | distillation | {GRADIENT: norm})
             # Before the step: what the weights were is in the last checkpoint.
             broken = not all(map(math.isfinite, terms.values()))
-            broken, stopping = any_rank([broken, bool(asked)], settings.device)
+            due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
+            broken, stopping, due = any_rank([broken, bool(asked), due], settings.device)
             if broken:
                 raise JobError(not_finite(name, of_all_ranks(terms), step, saved))
             optimizer.step()
@@ -135,10 +139,11 @@ def train(
                 if ranks > 1:
                     dist.barrier()
             curve.seconds = time.perf_counter() - started
-            if step % settings.checkpoint_every == 0 or step == steps or stopping:
+            if due or stopping or step == steps or step % settings.checkpoint_every == 0:
                 save(checkpoint, parts, curve, step)
-                saved = step
-            if stopping:
+                saved, saved_at = step, time.perf_counter()
+            # The last evaluation may have taken long.
+            if stopping or (step == steps and any_rank([bool(asked)], settings.device)[0]):
                 raise KeyboardInterrupt(f"{name}: stopped at step {step}")
     if ranks > 1:
         # Each rank has averaged the batch statistics of its own images.
@@ -190,7 +195,8 @@ def evaluate(model: nn.Module, data: Dataset[Any], settings: Settings) -> dict[s
     with_masks = False
     for images, targets in batches(data, settings):
         found = model.eval()(images)
-        metric.update(scaled(found, settings.area_scale), scaled(targets, settings.area_scale))
+        truth = [with_crowds(target) for target in targets]
+        metric.update(scaled(found, settings.area_scale), scaled(truth, settings.area_scale))
         with_masks = "masks" in found[0].keys() & targets[0].keys()
         if with_masks:
             mask_metric.update(binary_masks(found), binary_masks(targets))
@@ -212,13 +218,26 @@ def average_precision(iou_type: Literal["bbox", "segm"]) -> MeanAveragePrecision
 
 
 def batches(data: Dataset[Any], settings: Settings) -> Iterator[Any]:
-    loader = DataLoader(data, batch_size=16, collate_fn=collate, num_workers=settings.workers)
+    # Without gradients twice the pictures of a step fit, and hardly more.
+    size = min(EVALUATED, 2 * settings.batch_size)
+    loader = DataLoader(data, batch_size=size, collate_fn=collate, num_workers=settings.workers)
     for batch in loader:
         yield to_device(batch, settings.device)
 
 
+def with_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the metric takes it: what is found in a crowd counts neither for nor against."""
+    if "crowds" not in target:
+        return target
+    pairs = (("boxes", "crowds"), ("labels", "crowd_labels"), ("area", "crowd_area"))
+    whole = {name: torch.cat([target[name], target[crowd]]) for name, crowd in pairs}
+    of_crowd = torch.arange(len(whole["labels"])) >= len(target["labels"])
+    return target | whole | {"iscrowd": of_crowd.long()}
+
+
 def scaled(results: list[dict[str, Tensor]], factor: float) -> list[dict[str, Tensor]]:
-    return [{**result, "boxes": result["boxes"] * factor} for result in results]
+    factors = {"boxes": factor, "area": factor**2}
+    return [{k: v * factors[k] if k in factors else v for k, v in r.items()} for r in results]
 
 
 def binary_masks(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -55,6 +55,7 @@ def test_the_job_leaves_pictures_and_results(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} >= FILES
     results = json.loads((finished / "results.json").read_text())
     assert set(results["runs"]) == {"teacher", "plain", "distilled"}
+    assert results["classes"] == ["background", "disc", "square", "triangle", "cross"]
     assert len(results["runs"]["plain"]["losses"]) == 4
     assert results["parameters"]["teacher"] > 2 * results["parameters"]["distilled"]
     assert results["runs"]["distilled"]["distillation"][0] > 0
@@ -138,6 +139,117 @@ def test_a_broken_job_resumes_to_the_same_result(
     for name in ("teacher", "plain", "distilled"):
         assert runs[0][name]["losses"] == runs[1][name]["losses"]
         assert runs[0][name]["evaluations"] == runs[1][name]["evaluations"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_what_asks_to_end_in_the_last_evaluation_ends_the_job(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from examples.detection import training
+
+    def evaluated(*rest: Any) -> Any:
+        os.kill(os.getpid(), getattr(signal, name))
+        return whole_evaluate(*rest)
+
+    whole_evaluate = training.evaluate
+    monkeypatch.setattr(training, "evaluate", evaluated)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stop:
+        run("--evaluations", "1", "--output", tmp_path)
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "teacher: stopped at step 4; go on with --resume"
+    assert torch.load(tmp_path / "teacher.checkpoint.pt", weights_only=True)["step"] == 4
+    assert before == [
+        signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    ]
+
+
+def test_ctrl_c_before_there_is_a_run_names_none_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from examples.detection import __main__ as job
+
+    def ctrl_c(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "load_data", ctrl_c)
+    for options in (["--output", tmp_path / "run"], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            run(*options)
+        assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+        monkeypatch.setattr(job, "dry_run", ctrl_c)
+
+
+def test_a_checkpoint_is_saved_every_few_minutes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from examples.detection import training
+
+    saved = []
+    monkeypatch.setattr(training, "save", lambda *rest: saved.append(rest[-1]))
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    run("--evaluations", "1", "--checkpoint-every", "100", "--output", tmp_path)
+    assert saved == [1, 2, 3, 4] * 3
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from examples.detection.checkpoints import write_atomically
+    from examples.detection.processes import JobError
+
+    file = tmp_path / "teacher.checkpoint.pt"
+    write_atomically(file, {"step": 2})
+    monkeypatch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"full"))
+    with pytest.raises(JobError, match=r"cannot be written, with [\d,]+ MiB free there: make room"):
+        write_atomically(file, {"step": 4})
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+    assert torch.load(file, weights_only=True) == {"step": 2}
+
+
+def test_whoever_reads_the_progress_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples.detection.progress import Progress
+
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with Progress("plain", 3, 0, "step") as progress:
+        progress.say("plain: held-out AP 0.1")
+        progress.advance()
+    assert progress.done == 1
+
+
+def test_of_several_processes_the_silent_ones_say_nothing(capsys: Any) -> None:
+    from examples.detection.progress import Progress
+
+    for silent in (True, False):
+        with Progress("plain", 3, 0, "step", silent=silent) as progress:
+            progress.say("plain: held-out AP 0.1")
+    assert capsys.readouterr().out == "plain: held-out AP 0.1\n"
+
+
+COMPILED = """
+import torch
+from examples.detection.__main__ import parse
+from examples.detection.models import new_detector
+from examples.detection.parts import compile_backbones
+
+model = new_detector(parse([]), "student", 5).train()
+compile_backbones([model], torch.device("cpu"))
+for _ in range(6):
+    features = model.backbone(torch.rand(8, 3, 96, 96))
+    sum(value.square().mean() for value in features.values()).backward()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_backbones_do_not_crash() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

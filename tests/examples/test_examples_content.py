@@ -139,7 +139,7 @@ def test_a_run_of_before_that_noted_nothing_is_gone_on_with(
 def test_a_finished_run_is_exported_whatever_its_data_are_now_but_for_the_classes(
     coco: tuple[Path, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(job, "export", lambda *_: "exported")
+    monkeypatch.setattr(job, "export", lambda *_: print("exported"))
     output, (annotations, options) = tmp_path / "run", coco
     assert start(*options, "--output", output) == 130
     student = job.new_models(job.parse([*map(str, options)]), 3)["distilled"]

@@ -3,6 +3,8 @@
 import json
 import struct
 import zlib
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +151,10 @@ def test_whatever_stands_in_an_entry_is_no_traceback(folder: tuple[Path, Path]) 
                     said.append(str(error))
                 else:
                     read_well += 1
-                    assert data.boxes.isfinite().all()
+                    assert data.objects.boxes.isfinite().all()
+                    assert (data.objects.area > 0).all()
     assert all(text.startswith(str(annotations)) for text in said)
-    # Among them the areas, which nothing here reads.
+    # Among them the areas: a box has one of its own.
     assert read_well >= len(VALUES)
 
 
@@ -241,8 +244,87 @@ def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
     before = sum(len(target["boxes"]) for _, target in read(images, annotations))
     change(annotations, "annotations", 0, iscrowd=1)
     data = read(images, annotations)
-    assert data.notes[0].endswith("1 crowds left out")
+    assert data.notes[0].endswith("1 crowds, in which nothing is learned or judged")
     assert sum(len(target["boxes"]) for _, target in data) == before - 1
+    assert sum(len(target["crowds"]) for _, target in data) == 1
+
+
+def test_ap_on_a_folder_is_that_of_cocos_own_evaluation(
+    folder: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With crowds, and with areas that are other than the boxes'."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from examples.detection.__main__ import parse
+    from examples.detection.parts import new_settings
+    from examples.detection.training import evaluate
+
+    images, annotations = folder
+    change(annotations, "annotations", 0, iscrowd=1)
+    change(annotations, "annotations", 1, area=900.5)
+    change(annotations, "annotations", 2, area=0)
+    data = read(images, annotations)
+    generator = torch.Generator().manual_seed(0)
+    truth = json.loads(annotations.read_text())
+    found: dict[int, list[Any]] = {}
+    for each in truth["annotations"]:
+        left, top, width, height = each["bbox"]
+        for near in range(4):
+            shift = 12 * torch.rand(2, generator=generator) * (near > 0)
+            box = [left + shift[0].item(), top + shift[1].item(), width, height]
+            score = torch.rand(1, generator=generator).item()
+            label = [3, 7].index(each["category_id"]) + 1
+            found.setdefault(each["image_id"], []).append((box, score, label))
+
+    class Finds(torch.nn.Module):
+        """What lies near the boxes of each picture, in their order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+        def forward(self, pictures: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            results = []
+            for _ in pictures:
+                each = found.get(self.seen, [])
+                self.seen += 1
+                boxes = torch.tensor([box for box, _, _ in each]).reshape(-1, 4)
+                boxes[:, 2:] += boxes[:, :2]
+                scores = torch.tensor([score for _, score, _ in each])
+                labels = torch.tensor([label for _, _, label in each]).long()
+                results.append({"boxes": boxes, "scores": scores, "labels": labels})
+            return results
+
+    options = ["--data", "coco", "--images", str(images), "--annotations", str(annotations)]
+    ours = evaluate(Finds(), data, new_settings(parse(options), torch.device("cpu")))
+
+    with redirect_stdout(StringIO()):
+        for each in truth["annotations"]:
+            each["area"] = each["area"] or each["bbox"][2] * each["bbox"][3]
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        detections = [
+            {"image_id": i, "category_id": [3, 7][label - 1], "bbox": box, "score": score}
+            for i, each in found.items()
+            for box, score, label in each
+        ]
+        evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    expected = evaluation.stats[:6].tolist()
+    names = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+    assert [ours[name] for name in names] == pytest.approx(expected, abs=1e-6)
+    assert 0 < ours["map"] < 1
+
+
+def test_a_byte_order_mark_and_categories_of_one_name(folder: tuple[Path, Path]) -> None:
+    images, annotations = folder
+    change(annotations, "categories", 0, name="wide")
+    annotations.write_text(annotations.read_text(), encoding="utf-8-sig")
+    assert read(images, annotations).notes[0].endswith("several categories are called wide")
 
 
 def test_a_split_without_a_box_on_one_side_is_refused(folder: tuple[Path, Path]) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from examples.detection import command_line
 from examples.detection.__main__ import parse
-from examples.detection.exporting import WAYS, export, other_boxes
+from examples.detection.exporting import WAYS, export, exported, other_boxes
 from examples.detection.models import new_detector
+from examples.detection.processes import JobError
 from examples.detection.run_folder import EXPORTED
 from examples.detection.scenes import Scenes
 
@@ -30,7 +31,7 @@ def test_an_exported_student_finds_the_same_boxes(
     if hasattr(student, "score_thresh"):
         student.score_thresh = 0.002  # random weights are sure of nothing
     held_out, file = Scenes(1, 3), tmp_path / EXPORTED[way]
-    said = export(student, held_out, way, tmp_path)
+    said = exported(student, held_out, way, tmp_path)
     count = sum(len(student([held_out[i][0] / 255])[0]["boxes"]) for i in range(3))
     assert count > 0
     assert said == f"{file}: takes {takes}; {count} of {count} boxes the same on 3 images"
@@ -57,18 +58,22 @@ def test_a_program_takes_pictures_in_which_it_finds_nothing(
 ) -> None:
     student = new_detector(parse(["--detector", detector]), "student", 5)
     student.score_thresh = 0.9
-    assert export(student, Scenes(1, 2), way, tmp_path).endswith(
-        "0 of 0 boxes the same on 2 images"
-    )
+    said = exported(student, Scenes(1, 2), way, tmp_path)
+    assert said.endswith("; neither finds a box on 2 images")
 
 
 def test_a_student_that_does_not_export_says_why(tmp_path: Path, capfd: Any) -> None:
     options = parse(["--detector", "faster_rcnn"])
-    said = export(new_detector(options, "student", 5), Scenes(1, 1), "torch", tmp_path)
-    assert said.startswith("no student.pt2: torch does not export this detector (")
-    assert "\n" not in said
+    student = new_detector(options, "student", 5)
+    text = r"no student\.pt2: torch does not export this detector \([^\n]*\)$"
+    with pytest.raises(JobError, match=text):
+        export(student, Scenes(1, 1), ["torch"], tmp_path)
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
+    with pytest.raises(JobError, match=text):
+        export(student, Scenes(1, 1), ["torch", "onnx"], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["student.onnx"]
+    assert capfd.readouterr().out.startswith(str(tmp_path / "student.onnx"))
 
 
 def test_onnx_without_its_packages_names_the_extra(
@@ -111,9 +116,10 @@ def test_a_program_that_finds_other_boxes_is_not_kept(
     held_out = Scenes(1, 2)
     count = 2
     text = "no student.pt2: the exported program finds other boxes, 4 of 200"
-    assert export(student, held_out, "torch", tmp_path) == text
+    with pytest.raises(JobError, match=text):
+        exported(student, held_out, "torch", tmp_path)
     assert not list(tmp_path.iterdir())
     count = 1
-    said = export(student, held_out, "torch", tmp_path)
+    said = exported(student, held_out, "torch", tmp_path)
     assert said.endswith("198 of 200 boxes the same on 2 images")
     assert (tmp_path / "student.pt2").read_bytes() == b"program"

@@ -312,12 +312,12 @@ def test_a_configuration_is_whole_or_the_one_before(
     import os
 
     def power_cut(*_: Any) -> None:
-        raise InterruptedError("power cut")
+        raise KeyboardInterrupt("power cut")
 
     before = contents(used)["config.json"]
     with monkeypatch.context() as cut:
         cut.setattr(os, "replace", power_cut)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             begin("--output", used, "--overwrite", "--seed", "9")
     # Nothing of the old run is left that one of other settings could take for its own.
     assert contents(used)["config.json"] == before

@@ -67,6 +67,9 @@ def test_twelve_pictures_of_one_s_own_through_r18_from_r50(tmp_path: Path, capsy
     assert "start anew: head.classification_head.cls_logits.weight" in capsys.readouterr().out
     with pytest.raises(JobError, match="must have the names of this model's weights"):
         new_detector(parse(["--student-weights", file]), "student", 3)
+    torch.save(state | {"backbone.body.conv1.weight": 7}, file)
+    with pytest.raises(JobError, match=r"must hold tensors, got int under backbone\.body\.conv1"):
+        new_detector(parse(start), "student", 3)
 
 
 def test_pixels_in_two_boxes_count_once() -> None:
