@@ -37,7 +37,7 @@ def compile_backbones(models: Iterable[nn.Module], device: torch.device) -> None
     # With channels last, torch 2.14's narrow strided convolutions write beyond their memory.
     options = {"layout_optimization": False} if device.type == "cpu" else None
     for model in models:
-        model.backbone.compile(options=options)
+        model.get_submodule("backbone").compile(options=options)
 
 
 def new_settings(options: argparse.Namespace, device: torch.device) -> Settings:
