@@ -231,8 +231,9 @@ def with_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
         return target
     pairs = (("boxes", "crowds"), ("labels", "crowd_labels"), ("area", "crowd_area"))
     whole = {name: torch.cat([target[name], target[crowd]]) for name, crowd in pairs}
-    of_crowd = torch.arange(len(whole["labels"])) >= len(target["labels"])
-    return target | whole | {"iscrowd": of_crowd.long()}
+    parts = (target["labels"], 0), (target["crowd_labels"], 1)
+    of_crowd = torch.cat([torch.full_like(labels, flag) for labels, flag in parts])
+    return target | whole | {"iscrowd": of_crowd}
 
 
 def scaled(results: list[dict[str, Tensor]], factor: float) -> list[dict[str, Tensor]]:
