@@ -17,9 +17,10 @@ def preserved(*models: nn.Module) -> Iterator[None]:
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in modules
         for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
     tensors = [value for model in models for value in model.parameters()]
     gpus = {value.device for value in tensors if value.is_cuda}
@@ -37,8 +38,7 @@ def preserved(*models: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
-            if buffer is not None and value is not None:
-                _restore(buffer, value)
+            _restore(buffer, value)
 
 
 def _restore(buffer: Tensor, value: Tensor) -> None:

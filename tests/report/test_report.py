@@ -410,13 +410,11 @@ class Observer(nn.Module):
         super().__init__()
         self.register_buffer("least", torch.empty(0))
         self.register_buffer("expanded", torch.full((1,), math.nan).expand(3))
-        self.register_buffer("missing", None)
         with torch.inference_mode():
             self.register_buffer("lazily", torch.zeros(2))
 
     def forward(self, x):
         self.least.resize_(x.shape[1]).copy_(x.detach().amin((0, 2, 3)))
-        self.missing = torch.zeros(2)
         with torch.inference_mode():
             self.lazily += 1
         return x
