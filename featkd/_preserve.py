@@ -20,7 +20,7 @@ def preserved(*models: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.detach().clone())
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None  # its model may remember elsewhere that it was filled
     ]
     tensors = [value for model in models for value in model.parameters()]
     gpus = {value.device for value in tensors if value.is_cuda}
