@@ -205,8 +205,8 @@ def _tappable(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`{name}` must be an nn.Module, got {type(model).__name__}.")
     ended: list[Call] = []
-    args, kwargs = placed((args, kwargs), *home(model))
     try:
+        args, kwargs = placed((args, kwargs), *home(model))
         root = trace(model, args, kwargs, ended)
     except Exception as error:
         raise ValueError(

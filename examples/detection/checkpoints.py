@@ -2,9 +2,8 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -37,11 +36,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(partial, path)  # noqa: PTH105
     # torch has an error of its own for what the file system refuses.
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
+        with suppress(OSError):
+            partial.unlink()
         raise JobError(
-            f"{path} cannot be written, with {free:,.0f} MiB free there: make room, and go on with "
-            f"--resume ({type(error).__name__}: {str(error).splitlines()[0]:.100})"
+            f"{path} cannot be written ({error!r:.150}): is the disk full? Mend it, and go on with "
+            "--resume"
         ) from error
 
 

@@ -154,7 +154,7 @@ def notes_of(checked: Checked, objects: dict[Any, list[Entry]]) -> list[str]:
     pictures = checked.pictures.values()
     counts = {
         "boxes of no area left out": sum(not has_area(each) for each in known),
-        "crowds, in which nothing is learned or judged": sum(
+        "crowds: background in training, and not judged": sum(
             bool(each.get("iscrowd")) and has_area(each) for each in known
         ),
         "boxes kept that reach over the edge of their picture": checked.reaching,

@@ -22,8 +22,9 @@ def interrupts() -> Iterator[list[bool]]:
 
     # Python hears signals in the main thread alone.
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+        for number in present():
+            # `nohup` ignores SIGHUP; `&` ignores SIGINT, which a `kill` may still mean.
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:
         yield asked
@@ -33,5 +34,10 @@ def interrupts() -> Iterator[list[bool]]:
 
 
 def leave_interrupts_to_main(_: int) -> None:
-    """Ctrl-C reaches the loader's processes too, whose batch the last step still wants."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals reach the loader's processes too, whose batch the last step still wants."""
+    for number in present():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def present() -> list[int]:
+    return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]

@@ -40,8 +40,8 @@ class Progress:
     def say(self, text: str) -> None:
         if self.silent:
             return
-        # Whoever read it may be gone, as behind `| head`: the work goes on.
-        with suppress(BrokenPipeError):
+        # The terminal or pipe that read it may be gone: what was trained is still to be saved.
+        with suppress(OSError):
             self.bar.write(text)
             sys.stdout.flush()
 

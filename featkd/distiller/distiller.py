@@ -193,7 +193,8 @@ class Distiller(nn.Module):
         parameters that the distillation reaches: 1 to 5 is good. The detector's loss is known
         where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
         scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
-        gradient, buffer, mode or random number is changed. It takes one backward a term.
+        gradient, buffer, mode or random number is changed, but a buffer that was `None` and that
+        a first forward fills. It takes one backward a term.
 
         Args:
             args, kwargs: a batch, as for the distiller.
@@ -236,8 +237,8 @@ class Distiller(nn.Module):
             losses = self.loss(ours, theirs)
         require_losses(losses, output)
         inputs = (args, kwargs) if shared is None else shared
-        noted = () if self._shared is None or shared is None else self._shared.notes(shared)
-        return Step(output, losses, ours, theirs, inputs, self._paths, tuple(noted))
+        notes = () if self._shared is None or shared is None else self._shared.notes(shared)
+        return Step(output, losses, ours, theirs, inputs, self._paths, notes)
 
     def _call_teacher(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], shared: Tensor | None

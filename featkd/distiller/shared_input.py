@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -13,6 +13,10 @@ from .normalization import renormalization, stated
 from .placement import placed, weights_of
 
 NAME = "shared_input"
+TEACHER_ALONE = (
+    "the teacher normalises its images and the student does not say how it does: the teacher gets "
+    "the student's pixels as they are. Give `convert_input`, which may return them as they are."
+)
 
 
 class SharedInput:
@@ -41,21 +45,17 @@ class SharedInput:
         # A path with `:input[item]` names one of several.
         path = paths[0] if ":" in paths[0] else f"{paths[0]}:input"
         self.tap = FeatureTap(student, {NAME: path})
-        normalizations = stated(student, ours), stated(teacher, self.part)
-        self.convert = convert or renormalization(*normalizations)
-        self.teacher_alone = convert is None and normalizations[0] is None is not normalizations[1]
+        own, theirs = stated(student, ours), stated(teacher, self.part)
+        self.convert = convert or renormalization(own, theirs)
+        self.teacher_alone = convert is None and own is None and theirs is not None
 
     def pop(self) -> Tensor:
         return self.tap.pop()[NAME]
 
-    def notes(self, shared: Tensor) -> Iterator[str]:
+    def notes(self, shared: Tensor) -> tuple[str, ...]:
         """What may be wrong with images, of one channel or three."""
-        if self.teacher_alone and shared.dim() == 4 and shared.shape[1] in (1, 3):
-            yield (
-                "the teacher normalises its images and the student does not say how it does: the "
-                "teacher gets the student's pixels as they are. Give `convert_input`, which may "
-                "return them as they are."
-            )
+        is_image = shared.dim() == 4 and shared.shape[1] in (1, 3)
+        return (TEACHER_ALONE,) if self.teacher_alone and is_image else ()
 
     def run_teacher(self, shared: Tensor) -> None:
         found: object = shared if self.convert is None else self.convert(shared)

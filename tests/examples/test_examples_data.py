@@ -244,7 +244,7 @@ def test_crowds_are_no_objects_and_counted(folder: tuple[Path, Path]) -> None:
     before = sum(len(target["boxes"]) for _, target in read(images, annotations))
     change(annotations, "annotations", 0, iscrowd=1)
     data = read(images, annotations)
-    assert data.notes[0].endswith("1 crowds, in which nothing is learned or judged")
+    assert data.notes[0].endswith("1 crowds: background in training, and not judged")
     assert sum(len(target["boxes"]) for _, target in data) == before - 1
     assert sum(len(target["crowds"]) for _, target in data) == 1
 
