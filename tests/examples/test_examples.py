@@ -38,11 +38,13 @@ def run(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """Not ignored, as it is where a shell has started the tests in the background."""
+def signals() -> Iterator[None]:
+    """Not ignored, as they are where a shell or `nohup` has started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hung_up)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,16 @@ def test_what_asks_to_end_in_a_step_or_in_the_last_evaluation_ends_the_job(
     assert before == [
         signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     ]
+
+
+def test_a_job_under_nohup_outlives_its_terminal() -> None:
+    from examples.detection.interrupts import interrupts
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interrupts() as asked:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not asked
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_ctrl_c_before_there_is_a_run_names_none_to_go_on_with(
