@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """What the student got; the tensor that it shares with the teacher where there is one."""
     paths: Mapping[str, tuple[str, str]]
     """From level to the student's path and the teacher's."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """What may be wrong with what the teacher got."""
 
 

@@ -226,9 +226,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_there(
     from examples.detection.checkpoints import write_atomically
     from examples.detection.processes import JobError
 
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     file = tmp_path / "teacher.checkpoint.pt"
     write_atomically(file, {"step": 2})
-    monkeypatch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"full"))
+    monkeypatch.setattr(os, "fsync", full)
     text = (
         r"checkpoint\.pt cannot be written \(OSError.*No space left.*: is the disk full\? Mend it"
     )
