@@ -15,6 +15,8 @@ _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
 # Square maps of so many pairs a batch are computed as the formula is written: faster, in 8 MiB a
 # matrix. Longer sums would lose digits.
 _FEW = 1 << 21
+# Above so many pairs an image, to sort the keys is faster than to sum their matrix in float64.
+_FEW_RECTIFIED = 1 << 13
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -105,10 +107,19 @@ def _gradients(
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`; O(N log N)."""
-    if torch.compiler.is_compiling() or in_forward_mode():
+    compiling = torch.compiler.is_compiling()  # a choice would bind the shapes
+    if not compiling and _are_few(theta, phi):
+        weights = (phi.double()[:, :, None] + theta.double()[:, None]).relu()
+        return (g.double() @ weights).to(g.dtype)
+    if compiling or in_forward_mode():
         return _prefix_sums(theta, phi, g)[1]
     result: Tensor = _RectifiedSums.apply(theta, phi, g)[1]
     return result
+
+
+def _are_few(theta: Tensor, phi: Tensor) -> bool:
+    has_float64 = theta.device.type != "mps"
+    return has_float64 and theta.shape[1] * phi.shape[1] <= _FEW_RECTIFIED
 
 
 def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

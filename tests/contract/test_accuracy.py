@@ -77,6 +77,15 @@ def test_bounds_hold_for_any_shape(name, pattern, positions, channels, exponent,
     hold(name, pattern, size_of(name, positions, channels), 10.0**exponent, dtype)
 
 
+@pytest.mark.parametrize("pattern", accuracy.PATTERNS)
+@pytest.mark.parametrize(("dtype", "magnitude"), CELLS, ids=str)
+def test_bounds_hold_where_few_keys_are_sorted(pattern, dtype, magnitude, monkeypatch):
+    monkeypatch.setattr(featkd.losses._pairs, "_FEW_RECTIFIED", 0)
+    for positions in (60, 300):
+        size = size_of("concatenation_relation", positions, 16)
+        hold("concatenation_relation", pattern, size, magnitude, dtype)
+
+
 def test_a_million_equal_differences_are_added_without_loss():
     """One by one in float32 they lose 1e-3."""
     pair = torch.full((1, 16, 250, 400), 1 / 3), torch.zeros(1, 16, 250, 400)
