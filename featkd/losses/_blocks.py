@@ -30,6 +30,11 @@ def takes_closed_form() -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+def pays(features: Tensor) -> bool:
+    """Whether a closed form saves anything: a graph, or temporaries that leave the cache."""
+    return features.requires_grad or features.numel() * features.element_size() > _BLOCK_BYTES
+
+
 def _in_place() -> bool:
     if torch.compiler.is_compiling():
         return False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled
-from ._numerics import FEW, compute_dtype
+from ._numerics import FEW, compute_dtype, dtype_for_few
 
 Dims = tuple[int, ...]
 OVER_CHANNELS: Dims = (1,)
@@ -24,8 +24,11 @@ OVER_POSITIONS: Dims = (2, 3)
 
 def means(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
     """The means of `features`, or their absolute values, over each of `dims`."""
-    result: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
-    return result
+    if features.requires_grad:
+        result: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
+        return result
+    with torch.no_grad():
+        return _means(features, dims, absolute)
 
 
 def weighted_distance(
@@ -36,6 +39,12 @@ def weighted_distance(
     return result
 
 
+def norm(x: Tensor) -> Tensor:
+    """The L2 norm of each row of `x`, which has few: `(B, N) -> (B,)`."""
+    result: Tensor = _Norm.apply(x)
+    return result
+
+
 class _Means(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -43,22 +52,7 @@ class _Means(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.dims, ctx.absolute = dims, absolute
         ctx.save_for_backward(features)
-        dtype = compute_dtype(features)
-        over_channels: list[Tensor] = []
-        over_positions: list[Tensor] = []
-        for index, block in enumerate(channel_blocks(features)):
-            wide = features[:, block].to(dtype)
-            wide = wide.abs() if absolute else wide
-            if OVER_CHANNELS in dims:
-                _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
-            if OVER_POSITIONS in dims:
-                over_positions.append(wide.mean(OVER_POSITIONS))
-        return tuple(
-            sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
-            if d == OVER_CHANNELS
-            else of_all_channels(over_positions)
-            for d in dims
-        )
+        return _means(features, dims, absolute)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,6 +68,25 @@ class _Means(torch.autograd.Function):
             return part.sign() if ctx.absolute else torch.ones_like(part), slope
 
         return product(features, factors), None, None
+
+
+def _means(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(features)
+    over_channels: list[Tensor] = []
+    over_positions: list[Tensor] = []
+    for index, block in enumerate(channel_blocks(features)):
+        wide = features[:, block].to(dtype)
+        wide = wide.abs() if absolute else wide
+        if OVER_CHANNELS in dims:
+            _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
+        if OVER_POSITIONS in dims:
+            over_positions.append(wide.mean(OVER_POSITIONS))
+    return tuple(
+        sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
+        if d == OVER_CHANNELS
+        else of_all_channels(over_positions)
+        for d in dims
+    )
 
 
 def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
@@ -167,3 +180,21 @@ class _WeightedDistance(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 to_channel = (square if weight is None else square * weight).sum(OVER_POSITIONS)
         return to_a, to_b, to_position, to_channel
+
+
+class _Norm(torch.autograd.Function):
+    """Torch's own has a second derivative of NaN at 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        exact = torch.linalg.vector_norm(x, dim=1, dtype=dtype_for_few(x))
+        norm: Tensor = exact.to(x.dtype)
+        ctx.save_for_backward(x, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, norm = ctx.saved_tensors
+        slope = grad / norm.masked_fill(norm == 0, torch.inf)  # 0 at 0
+        result: Tensor = x * slope[:, None]
+        return result

@@ -20,6 +20,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def dtype_for_few(tensor: Tensor) -> torch.dtype:
+    """float64 where the device has it: on few numbers it costs nothing, and no digits are lost."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else compute_dtype(tensor)
+
+
 def savable(tensor: Tensor) -> Tensor:
     """`tensor`; a copy where it was made under `inference_mode`, as autograd saves no such one.
 
@@ -55,7 +60,7 @@ def root(energy: Tensor) -> Tensor:
 
 def relative_to(distances: Tensor, norms: Tensor) -> Tensor:
     """`distances / norms`, image by image; an image whose norm is 0 stays undivided."""
-    return distances / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return distances / norms.masked_fill(norms == 0, 1)
 
 
 def reduced(distances: Tensor, reduction: Reduction) -> Tensor:

@@ -14,9 +14,9 @@ from .._checks import (
     require_shape,
     require_tensor,
 )
-from ._blocks import takes_closed_form
+from ._blocks import pays, takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, Dims, means
-from ._numerics import FEW, compute_dtype
+from ._numerics import compute_dtype, dtype_for_few
 from ._options import FUSIONS, Attention, Fusion
 
 Maps = dict[Dims, Tensor]
@@ -30,7 +30,7 @@ MAPS: dict[Attention, tuple[Dims, ...]] = {
 
 def maps_over(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -> Maps:
     """Attention over each of `dims` of checked features: the mean of their absolute values."""
-    if takes_closed_form():
+    if takes_closed_form() and pays(features):
         return dict(zip(dims, means(features, dims, absolute), strict=True))
     wide = features.to(compute_dtype(features))
     wide = wide.abs() if absolute else wide
@@ -181,24 +181,17 @@ def fused_mask(
 ) -> Tensor:
     """The mask of checked maps."""
     dtype = compute_dtype(student_attention, teacher_attention)
-    temperature = max(float(temperature), torch.finfo(dtype).tiny)  # 0 there; no large integers
-    # Less its largest element each: no overflow, and what they share rounds off none of the sum.
-    flat = (x.to(dtype).flatten(1) for x in (student_attention, teacher_attention))
-    student_logits, teacher_logits = (x - x.detach().amax(1, keepdim=True) for x in flat)
+    temperature = max(float(temperature), torch.finfo(torch.float32).tiny)  # no large integers
+    ours = student_attention.to(dtype_for_few(student_attention))
     if fusion == "logits":
-        mask = _softmax_of_mean_1((student_logits + teacher_logits) / temperature)
+        mask = ((ours + teacher_attention) / temperature).flatten(1).softmax(1)
     else:
-        student_mask = _softmax_of_mean_1(student_logits / temperature)
-        mask = (student_mask + _softmax_of_mean_1(teacher_logits / temperature)) / 2
-    return mask.reshape(student_attention.shape)
-
-
-def _softmax_of_mean_1(logits: Tensor) -> Tensor:
-    """`n softmax(logits)` over n; `mean` adds by pairs, torch's softmax one by one in float32."""
-    if takes_closed_form() and logits.shape[1] <= FEW:  # compiled, it would be two programs
-        return logits.softmax(1) * logits.shape[1]
-    weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
-    return weights / weights.mean(1, keepdim=True)
+        theirs = teacher_attention.to(ours.dtype)
+        student_mask, teacher_mask = (
+            (x / temperature).flatten(1).softmax(1) for x in (ours, theirs)
+        )
+        mask = (student_mask + teacher_mask) / 2
+    return (mask * mask.shape[1]).to(dtype).reshape(student_attention.shape)
 
 
 class SpatialAttention(nn.Module):

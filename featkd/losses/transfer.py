@@ -16,12 +16,12 @@ from .._checks import (
     require_tensor,
 )
 from ._adapters import Conv2d, Linear
-from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS
+from ._blocks import takes_closed_form
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, norm
 from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
 from .attention import MAPS, Maps, maps_over
-from .masked import masked_distance
 from .standardize import standardized, standardized_distance
 
 Adapter = Callable[[Tensor], Tensor]
@@ -89,8 +89,11 @@ def attention_transfer_loss(
 
 def _distance(ours: Tensor, theirs: Tensor, standardize: bool) -> Tensor:
     """Of spatial maps `(B, 1, H, W)` or channel maps `(B, C)`, over all that an image has."""
-    distance = standardized_distance if standardize else masked_distance
-    return distance(*(x.flatten(1).unsqueeze(1).unsqueeze(3) for x in (ours, theirs)))
+    if standardize:
+        ours, theirs = (x.flatten(1).unsqueeze(1).unsqueeze(3) for x in (ours, theirs))
+        return standardized_distance(ours, theirs)
+    rest = (ours - theirs).flatten(1)
+    return norm(rest) if takes_closed_form() else norm_per_image(rest)
 
 
 def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:

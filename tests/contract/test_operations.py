@@ -47,8 +47,8 @@ def counted(loss, levels=None):
     return forward.count, backward.count
 
 
-# At most the plain formulas', but for the masks: their four maps are each less its largest element.
-MORE = {"L_AM": 7}
+# At most the plain formulas', but for the masks, which are computed in float64.
+MORE = {"L_AM": 1}
 TERMS = {
     "L_AT": (featkd.AttentionTransferLoss, {}, pyramid.transfer),
     "L_AM": (featkd.AttentionMaskedLoss, {"temperature": 4.0}, pyramid.masked),
