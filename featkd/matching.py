@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ._listing import listing, pair_table
+from ._placement import home, placed
 from ._table import times
-from .distiller.placement import home, placed
 from .taps.layouts import Convert, from_channels_last
 from .taps.stages import Forward, Spot
 from .taps.trace import Call, Shape, first_image, read_maps, trace

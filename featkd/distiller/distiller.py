@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_callable, require_flag, require_losses
+from .._placement import home, placed
 from .._preserve import preserved
 from ..losses.overall import FeatureDistillationLoss
 from ..report.levels import Step
@@ -21,7 +22,6 @@ from ..taps.tap import FeatureTap
 from .call import called
 from .models import require_gradients, require_no_shared_weights, require_synchronised
 from .normalization import require_one_normalization
-from .placement import home, placed
 from .shared_input import SharedInput
 from .teacher import teacher_features
 

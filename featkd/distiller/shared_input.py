@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from .._placement import placed, weights_of
 from ..taps.paths import resolve
 from ..taps.tap import FeatureTap
 from .normalization import renormalization, stated
-from .placement import placed, weights_of
 
 NAME = "shared_input"
 TEACHER_ALONE = (

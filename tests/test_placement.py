@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from featkd import Distiller
-from featkd.distiller.placement import home, placed
+from featkd._placement import home, placed
 from tests.helpers.distilled import COUNTS, FLOAT, Inputs, Seen, build
 from tests.helpers.models import LEVELS, Net, images, raises
 
