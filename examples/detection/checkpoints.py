@@ -77,10 +77,7 @@ def load(path: Path | None, parts: dict[str, Any]) -> tuple[Curve, int]:
 
 def load_teacher(teacher: nn.Module, file: Path) -> None:
     """From a state dict, or from a checkpoint that holds one under `"model"`."""
-    advice = "--teacher wants a state dict, or one under the key model, that torch.save has written"
-    content = by_first_rank(lambda: read(file, advice))
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+    content = read_weights(file, "--teacher")
     try:
         teacher.load_state_dict(content)
     except Exception as error:
@@ -89,6 +86,14 @@ def load_teacher(teacher: nn.Module, file: Path) -> None:
     for name, value in teacher.state_dict().items():
         if not value.isfinite().all():
             raise JobError(f"--teacher {file} must hold finite weights, got others in {name}")
+
+
+def read_weights(file: Path, option: str) -> Any:
+    advice = f"{option} wants a state dict, or one under the key model, that torch.save has written"
+    content = by_first_rank(lambda: read(file, advice))
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        return content["model"]
+    return content
 
 
 def read(file: Path, advice: str) -> Any:

@@ -16,11 +16,11 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from examples.detection.checkpoints import read
+from examples.detection.checkpoints import read_weights
 from examples.detection.detectors import BACKBONES, STOCK, build, keep_anchors_exact
 from examples.detection.detectors import COMPACT as COMPACT_DETECTORS
 from examples.detection.lite0 import LAST, LITE0, start_from_imagenet
-from examples.detection.processes import JobError, by_first_rank
+from examples.detection.processes import JobError
 
 # Whole detectors of torchvision; those of masks and key points want other data.
 BUILDERS = tuple(
@@ -141,10 +141,7 @@ def fitting(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
 
 def load_start(model: nn.Module, file: Path, option: str) -> None:
     """Of a detector for other classes, all but the layers that tell them."""
-    advice = "it must be a state dict, or one under the key model, that torch.save has written"
-    content = by_first_rank(lambda: read(file, f"{option}: {advice}"))
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+    content = read_weights(file, option)
     wanted = model.state_dict()
     if not isinstance(content, dict) or content.keys() != wanted.keys():
         raise JobError(f"{option} must have the names of this model's weights, got other ones")
