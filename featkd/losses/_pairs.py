@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._blocks import in_forward_mode, map_blocks
-from ._numerics import full_precision
+from ._numerics import dtype_for_few, full_precision
 
 _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
 # Square maps of so many pairs a batch are computed as the formula is written: faster, in 8 MiB a
@@ -108,18 +108,14 @@ def _gradients(
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`; O(N log N)."""
     compiling = torch.compiler.is_compiling()  # a choice would bind the shapes
-    if not compiling and _are_few(theta, phi):
-        weights = (phi.double()[:, :, None] + theta.double()[:, None]).relu()
-        return (g.double() @ weights).to(g.dtype)
+    if not compiling and theta.shape[1] * phi.shape[1] <= _FEW_RECTIFIED:
+        theta, phi, value = (x.to(dtype_for_few(g)) for x in (theta, phi, g))
+        with full_precision(g):
+            return (value @ (phi[:, :, None] + theta[:, None]).relu()).to(g.dtype)
     if compiling or in_forward_mode():
         return _prefix_sums(theta, phi, g)[1]
     result: Tensor = _RectifiedSums.apply(theta, phi, g)[1]
     return result
-
-
-def _are_few(theta: Tensor, phi: Tensor) -> bool:
-    has_float64 = theta.device.type != "mps"
-    return has_float64 and theta.shape[1] * phi.shape[1] <= _FEW_RECTIFIED
 
 
 def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

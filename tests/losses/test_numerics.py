@@ -1,8 +1,9 @@
 """What the formulas share in arithmetic."""
 
+import pytest
 import torch
 
-from featkd.losses._numerics import savable
+from featkd.losses._numerics import dtype_for_few, savable
 
 
 def test_a_tensor_made_under_inference_mode_is_copied_only_for_a_gradient():
@@ -14,3 +15,15 @@ def test_a_tensor_made_under_inference_mode_is_copied_only_for_a_gradient():
     copied = savable(frozen)
     assert not copied.is_inference()
     assert savable(copied) is copied
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "wide"),
+    [
+        ("cpu", torch.bfloat16, torch.float64),
+        ("meta", torch.bfloat16, torch.float32),
+        ("meta", torch.float64, torch.float64),
+    ],
+)
+def test_few_numbers_are_wide_where_the_device_is_known_to_have_it(device, dtype, wide):
+    assert dtype_for_few(torch.empty(1, dtype=dtype, device=device)) == wide
