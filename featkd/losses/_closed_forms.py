@@ -3,7 +3,8 @@
 Why: autograd keeps every temporary of a formula, each as large as a feature map, and each costs a
 trip to memory. The gradients of means and distances are short formulas of the inputs alone. So the
 features are read once each way, in blocks that stay in cache. The plain formula stands where each
-function is called, and serves the compiler (which fuses it), forward mode and `torch.func`.
+function is called. It serves the compiler (which fuses it), forward mode, `torch.func`, and
+attention maps that have no graph and fit the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ._blocks import channel_blocks, product, scaled
-from ._numerics import FEW, compute_dtype, dtype_for_few
+from ._numerics import compute_dtype, dtype_for_few
 
 Dims = tuple[int, ...]
+# So many numbers torch adds one by one as exactly as by pairs, to 5e-7 in float32.
+_FEW = 256
 OVER_CHANNELS: Dims = (1,)
 OVER_POSITIONS: Dims = (2, 3)
 
@@ -39,9 +42,9 @@ def weighted_distance(
     return result
 
 
-def norm(x: Tensor) -> Tensor:
-    """The L2 norm of each row of `x`, which has few: `(B, N) -> (B,)`."""
-    result: Tensor = _Norm.apply(x)
+def row_norms(x: Tensor) -> Tensor:
+    """The L2 norm of each row of `x`, `(B, N) -> (B,)`."""
+    result: Tensor = _RowNorms.apply(x)
     return result
 
 
@@ -111,7 +114,7 @@ def _count(features: Tensor, dims: Dims) -> int:
 def _norm(x: Tensor, dims: Dims) -> Tensor:
     """The L2 norm over `dims` of a fresh `x`, which it may overwrite."""
     # In other layouts it adds all numbers one by one.
-    if _count(x, dims) <= FEW and x.is_contiguous():
+    if _count(x, dims) <= _FEW and x.is_contiguous():
         result: Tensor = torch.linalg.vector_norm(x, dim=dims)
         return result
     return x.square_().sum(dims).sqrt()
@@ -182,19 +185,19 @@ class _WeightedDistance(torch.autograd.Function):
         return to_a, to_b, to_position, to_channel
 
 
-class _Norm(torch.autograd.Function):
+class _RowNorms(torch.autograd.Function):
     """Torch's own has a second derivative of NaN at 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        exact = torch.linalg.vector_norm(x, dim=1, dtype=dtype_for_few(x))
-        norm: Tensor = exact.to(x.dtype)
-        ctx.save_for_backward(x, norm)
-        return norm
+        exact: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=dtype_for_few(x))
+        norms = exact.to(x.dtype)
+        ctx.save_for_backward(x, norms)
+        return norms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, norm = ctx.saved_tensors
-        slope = grad / norm.masked_fill(norm == 0, torch.inf)  # 0 at 0
-        result: Tensor = x * slope[:, None]
+        x, norms = ctx.saved_tensors
+        unit = x / norms.masked_fill(norms == 0, torch.inf)[:, None]  # 0 at 0
+        result: Tensor = unit * grad[:, None]
         return result

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from ._options import Reduction
 
-# So many numbers torch adds one by one as exactly as by pairs, to 5e-7 in float32.
-FEW = 256
-
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among `tensors`, float32 at least."""
@@ -21,7 +18,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def dtype_for_few(tensor: Tensor) -> torch.dtype:
-    """float64 where the device has it: on few numbers it costs nothing, and no digits are lost."""
+    """float64 where the device has it: beside the features, few numbers cost little in it."""
     return torch.float64 if tensor.device.type in ("cpu", "cuda") else compute_dtype(tensor)
 
 

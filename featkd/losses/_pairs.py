@@ -15,8 +15,9 @@ _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
 # Square maps of so many pairs a batch are computed as the formula is written: faster, in 8 MiB a
 # matrix. Longer sums would lose digits.
 _FEW = 1 << 21
-# Above so many pairs an image, to sort the keys is faster than to sum their matrix in float64.
-_FEW_RECTIFIED = 1 << 13
+# Up to so much work the matrix of rectified sums is faster in float64 than sorted keys: its pairs,
+# each multiplied with the values' width, and rectified at the cost of 16 products.
+_FEW_RECTIFIED = 3 << 20
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -106,9 +107,12 @@ def _gradients(
 
 
 def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`; O(N log N)."""
+    """`sum_j relu(theta_i + phi_j) g_j`; `(B, N), (B, M), (B, D, M) -> (B, D, N)`.
+
+    In O(N log N), beyond few pairs.
+    """
     compiling = torch.compiler.is_compiling()  # a choice would bind the shapes
-    if not compiling and theta.shape[1] * phi.shape[1] <= _FEW_RECTIFIED:
+    if not compiling and theta.numel() * phi.shape[1] * (g.shape[1] + 16) <= _FEW_RECTIFIED:
         theta, phi, value = (x.to(dtype_for_few(g)) for x in (theta, phi, g))
         with full_precision(g):
             return (value @ (phi[:, :, None] + theta[:, None]).relu()).to(g.dtype)

@@ -181,17 +181,21 @@ def fused_mask(
 ) -> Tensor:
     """The mask of checked maps."""
     dtype = compute_dtype(student_attention, teacher_attention)
-    temperature = max(float(temperature), torch.finfo(torch.float32).tiny)  # no large integers
-    ours = student_attention.to(dtype_for_few(student_attention))
+    temperature = max(float(temperature), torch.finfo(dtype).tiny)  # torch takes no large integers
+    wide = dtype_for_few(student_attention)
+    ours, theirs = student_attention.flatten(1), teacher_attention.flatten(1)
+    if wide == dtype:  # no digits to spare: what the maps share, and their size, would take some
+        ours, theirs = _less_largest(ours.to(wide)), _less_largest(theirs.to(wide))
     if fusion == "logits":
-        mask = ((ours + teacher_attention) / temperature).flatten(1).softmax(1)
+        mask = ((ours.to(wide) + theirs) / temperature).softmax(1)
     else:
-        theirs = teacher_attention.to(ours.dtype)
-        student_mask, teacher_mask = (
-            (x / temperature).flatten(1).softmax(1) for x in (ours, theirs)
-        )
+        student_mask, teacher_mask = ((x.to(wide) / temperature).softmax(1) for x in (ours, theirs))
         mask = (student_mask + teacher_mask) / 2
     return (mask * mask.shape[1]).to(dtype).reshape(student_attention.shape)
+
+
+def _less_largest(x: Tensor) -> Tensor:
+    return x - x.detach().amax(1, keepdim=True)
 
 
 class SpatialAttention(nn.Module):

@@ -111,13 +111,13 @@ def dot_product_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 
 def concatenation_relation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    r"""Concatenation relation, exact, in O(N log N) time and linear memory.
+    r"""Concatenation relation, exact, in O(N log N) time and memory linear in the positions.
 
     .. math:: r_i = \frac{1}{N} \sum_j \mathrm{relu}(\theta_i + \phi_j) \, g_j
 
     The logit of a pair, :math:`w \cdot [\theta(x_i), \phi(x_j)]`, is a sum of one number a side.
     In the order of falling :math:`\phi` the keys that a query sees are the first few. So prefix
-    sums over the sorted keys hold the result.
+    sums over the sorted keys hold the result. Few pairs are summed one by one.
 
     Args:
         theta: the queries' logits, `(B, 1, *positions)`.

@@ -17,7 +17,7 @@ from .._checks import (
 )
 from ._adapters import Conv2d, Linear
 from ._blocks import takes_closed_form
-from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, norm
+from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, row_norms
 from ._level import LevelLoss
 from ._numerics import full_precision, norm_per_image, reduced, relative_to
 from ._options import ATTENTIONS, Attention, Reduction, require_form
@@ -92,8 +92,11 @@ def _distance(ours: Tensor, theirs: Tensor, standardize: bool) -> Tensor:
     if standardize:
         ours, theirs = (x.flatten(1).unsqueeze(1).unsqueeze(3) for x in (ours, theirs))
         return standardized_distance(ours, theirs)
-    rest = (ours - theirs).flatten(1)
-    return norm(rest) if takes_closed_form() else norm_per_image(rest)
+    return _norm(ours - theirs)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return row_norms(x.flatten(1)) if takes_closed_form() else norm_per_image(x)
 
 
 def _adapted(name: str, adapter: Adapter | None, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -175,6 +178,6 @@ class AttentionTransferLoss(LevelLoss):
         distances = [_distance(*pair, self.standardize) for pair in pairs]
         if not self.normalize:
             return distances
-        norms = [norm_per_image(target) for _, target in pairs]
+        norms = [_norm(target) for _, target in pairs]
         total = norms[0] if len(norms) == 1 else norms[0] + norms[1]
         return [relative_to(distance, total) for distance in distances]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import featkd
 from benchmarks import accuracy
 from featkd import functional
-from featkd.losses._numerics import FEW
+from featkd.losses._closed_forms import _FEW as FEW
 from tests.helpers.cases import CASES, KINDS
-from tests.helpers.tensors import normal
+from tests.helpers.tensors import close, normal
 
 TABLE = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
 ROW = re.compile(r"^\| `(\w+)`( \(long\))? \| (\S+) \| (\S+) \|", re.MULTILINE)
@@ -105,13 +105,14 @@ def test_few_equal_differences_are_added_without_loss(size, layout):
     assert (found - exact).abs().max() < 1e-6 * exact.min()
 
 
-def test_few_equal_elements_of_a_mask_are_added_without_loss():
-    """1,024 of them in vectors of eight lose 2e-6."""
-    maps = torch.linspace(-1, 0, 500)[:, None].repeat(1, FEW)
+@pytest.mark.parametrize("size", [256, 10_000])
+def test_equal_elements_of_a_mask_are_added_without_loss(size):
+    """In float32 1,024 of them in vectors of eight lose 2e-6."""
+    maps = torch.linspace(-1, 0, 500)[:, None].repeat(1, size)
     maps[:, 0] = 0
     found = functional.attention_mask(maps, torch.zeros_like(maps), temperature=1.0)
-    exact = maps.double().softmax(1) * FEW
-    assert ((found - exact).abs() / exact / (1 - maps.amin(1, keepdim=True))).max() < 5e-7
+    exact = maps.double().softmax(1) * size
+    assert ((found - exact).abs() / exact / (1 - maps.amin(1, keepdim=True))).max() < 1e-7
 
 
 @pytest.mark.parametrize("name", ["spatial_attention", "attention_transfer_loss"])
@@ -153,6 +154,28 @@ def test_an_attention_transfer_holds_where_its_squares_do_not(magnitude):
     assert abs(loss - exact) < 4e-6 * exact + 1e-44
 
 
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-35, 1e-20, 1e20])
+def test_gradients_of_an_attention_transfer_are_finite_and_of_its_size(magnitude):
+    student, teacher = (normal(1, 8, 3, 5, seed=i).mul(magnitude).float() for i in range(2))
+    student.requires_grad_()
+    scale = 65536.0  # as AMP's scaler
+    (found,) = torch.autograd.grad(
+        scale * functional.attention_transfer_loss(student, teacher), student
+    )
+    wide = student.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(
+        scale * functional.attention_transfer_loss(wide, teacher.double()), wide
+    )
+    assert (found - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e20])
+def test_a_normalised_attention_transfer_is_the_same_at_any_size(magnitude):
+    loss = featkd.AttentionTransferLoss(8, 8, normalize=True)
+    maps = [normal(2, 8, 3, 5, seed=i).float() for i in range(2)]
+    close(loss(*(x * magnitude for x in maps)), loss(*maps).item(), 1e-5)
+
+
 def loss_of_size(name, magnitude):
     student, teacher = (normal(1, 8, 3, 5, seed=i).mul(magnitude).float() for i in range(2))
     loss = getattr(functional, name)
@@ -179,6 +202,31 @@ def test_what_two_maps_have_in_common_costs_a_mask_no_digits(fusion, offset):
     mask = functional.attention_mask(*maps, **options)
     exact = functional.attention_mask(*(x.double() for x in maps), **options)
     assert ((mask - exact).abs() < 2e-7 * exact).all()
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_a_mask_without_a_wider_dtype_takes_each_map_less_its_largest(wide, fusion, monkeypatch):
+    """As float64 maps do, and all on devices without float64."""
+    monkeypatch.setattr(featkd.losses.attention, "dtype_for_few", lambda x: wide)
+    options = {"temperature": 1e-3, "fusion": fusion}
+    rest = [normal(2, 5, 7, seed=i) * 1e-3 for i in range(2)]
+    offset = 2.0 ** (30 if wide == torch.float64 else 10)
+    maps = [(x + offset).to(wide) for x in rest]
+    exact = functional.attention_mask(*(x.double() - offset for x in maps), **options)
+    close(
+        functional.attention_mask(*maps, **options).double(),
+        exact,
+        1e-9 if wide == torch.float64 else 1e-5,
+    )
+
+
+def test_a_mask_of_float64_maps_holds_to_its_ends():
+    maps = torch.tensor([[0.0, 1e-40, 3e-40]], dtype=torch.float64), torch.zeros(1, 3).double()
+    scaled = functional.attention_mask(maps[0] * 1e40, maps[1], temperature=1.0)
+    close(functional.attention_mask(*maps, temperature=1e-40), scaled)
+    huge = torch.tensor([[0.0, 1e300, 2e300]], dtype=torch.float64)
+    close(functional.attention_mask(huge, huge, temperature=1e-20), [[0, 0, 3]])
 
 
 # --- determinism ----------------------------------------------------------------------------------

@@ -355,13 +355,16 @@ def test_relations_build_no_matrix_of_many_pairs(case):
     assert largest.elements < pairs / 4
 
 
-@pytest.mark.parametrize(("queries", "keys", "few"), [(64, 128, True), (64, 129, False)])
-def test_a_concatenation_of_few_pairs_builds_their_matrix(queries, keys, few, pairs):
+@pytest.mark.parametrize(
+    ("width", "positions", "few"),
+    [(1, 304, True), (1, 305, False), (64, 140, True), (64, 141, False)],
+)
+def test_a_concatenation_of_few_pairs_builds_their_matrix(width, positions, few, pairs):
     """It is faster there."""
-    theta, phi, g = (torch.randn(2, 1, n) for n in (queries, keys, keys))
+    theta, phi, g = (torch.randn(2, channels, positions) for channels in (1, 1, width))
     with LargestTensor() as largest:
         functional.concatenation_relation(theta, phi, g)
-    assert (largest.elements == 2 * queries * keys) == (few and pairs == "few pairs")
+    assert (largest.elements == 2 * positions**2) == (few and pairs == "few pairs")
 
 
 def test_softmax_relations_build_none_at_widths_that_need_no_padding(monkeypatch):
