@@ -27,11 +27,8 @@ OVER_POSITIONS: Dims = (2, 3)
 
 def means(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
     """The means of `features`, or their absolute values, over each of `dims`."""
-    if features.requires_grad:
-        result: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
-        return result
-    with torch.no_grad():
-        return _means(features, dims, absolute)
+    result: tuple[Tensor, ...] = _Means.apply(features, dims, absolute)
+    return result
 
 
 def weighted_distance(
@@ -55,7 +52,22 @@ class _Means(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.dims, ctx.absolute = dims, absolute
         ctx.save_for_backward(features)
-        return _means(features, dims, absolute)
+        dtype = compute_dtype(features)
+        over_channels: list[Tensor] = []
+        over_positions: list[Tensor] = []
+        for index, block in enumerate(channel_blocks(features)):
+            wide = features[:, block].to(dtype)
+            wide = wide.abs() if absolute else wide
+            if OVER_CHANNELS in dims:
+                _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
+            if OVER_POSITIONS in dims:
+                over_positions.append(wide.mean(OVER_POSITIONS))
+        return tuple(
+            sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
+            if d == OVER_CHANNELS
+            else of_all_channels(over_positions)
+            for d in dims
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,25 +83,6 @@ class _Means(torch.autograd.Function):
             return part.sign() if ctx.absolute else torch.ones_like(part), slope
 
         return product(features, factors), None, None
-
-
-def _means(features: Tensor, dims: tuple[Dims, ...], absolute: bool) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(features)
-    over_channels: list[Tensor] = []
-    over_positions: list[Tensor] = []
-    for index, block in enumerate(channel_blocks(features)):
-        wide = features[:, block].to(dtype)
-        wide = wide.abs() if absolute else wide
-        if OVER_CHANNELS in dims:
-            _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
-        if OVER_POSITIONS in dims:
-            over_positions.append(wide.mean(OVER_POSITIONS))
-    return tuple(
-        sum(over_channels[:-1], start=over_channels[-1]) / _count(features, d)
-        if d == OVER_CHANNELS
-        else of_all_channels(over_positions)
-        for d in dims
-    )
 
 
 def _add_pairwise(sums: list[Tensor], part: Tensor, index: int) -> None:
