@@ -1,6 +1,6 @@
 """The document of all tables and its plots, from the lines."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ ONE_DETECTOR = {
 }
 # featkd's settings on every detector, each beside the plain student.
 SETTINGS = {"mask", "true_boxes", "units", "picture_weights", "by_gradient"}
+AT_FPN = ", taps fpn"
 # Of the overview: the title of a panel, by table and place.
 PANELS = {
     ("main", "mean"): "dense scenes, three detectors, others tuned for each",
@@ -109,13 +110,16 @@ def panels_of(table: str, lines: Sequence[Line], tuned: Tuned) -> dict[str, dict
                 if method != PLAIN and (gain := differences(each, others[PLAIN]).get(place))
             }
             most = max(gain.n for gain in gains.values())
-            # Of a setting at both taps the FPN's has all seeds.
-            found[title] = {
-                method.removesuffix(", taps fpn"): gain
-                for method, gain in gains.items()
-                if gain.n == most
-            }
+            whole = {method: gain for method, gain in gains.items() if gain.n == most}
+            found[title] = {bar_of(method, whole): gain for method, gain in whole.items()}
     return found
+
+
+def bar_of(method: str, methods: Container[str]) -> str:
+    """The taps are told only where a setting has both."""
+    if f"{method}{AT_FPN}" in methods:
+        return f"{method}, stages"
+    return method.removesuffix(AT_FPN)
 
 
 def as_mask_line(line: Line) -> Line:

@@ -28,3 +28,4 @@ def test_a_setting_at_both_taps_is_in_the_overview_with_all_its_seeds() -> None:
     found = document.lines_of(document.TABLES["sparse"](lines), lines)
     (panel,) = document.panels_of("sparse", found, {}).values()
     assert panel["featkd, STANDARDIZED"].n == panel["pkd"].n == 5
+    assert panel["featkd, STANDARDIZED"].mean > panel["featkd, STANDARDIZED, stages"].mean
