@@ -114,8 +114,11 @@ def rectified_sum(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()  # a choice would bind the shapes
     if not compiling and theta.numel() * phi.shape[1] * (g.shape[1] + 16) <= _FEW_RECTIFIED:
         theta, phi, value = (x.to(dtype_for_few(g)) for x in (theta, phi, g))
+        # `relu` would hide a -inf: 0 * -inf.
+        hidden = 0 * (theta.detach().clamp(max=0) + phi.detach().amin(1, keepdim=True))
         with full_precision(g):
-            return (value @ (phi[:, :, None] + theta[:, None]).relu()).to(g.dtype)
+            weights = (phi[:, :, None] + theta[:, None]).relu()
+            return (value @ weights + hidden[:, None]).to(g.dtype)
     if compiling or in_forward_mode():
         return _prefix_sums(theta, phi, g)[1]
     result: Tensor = _RectifiedSums.apply(theta, phi, g)[1]
