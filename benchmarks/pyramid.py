@@ -48,14 +48,6 @@ def standardized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Ten
     return featkd.STANDARDIZED.beta * correlation(layers, student, teacher)
 
 
-def normalized(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
-    adapted = layers["attention_masked"]["adapter"](student)
-    with torch.no_grad():
-        masks = plain.masks(student, teacher, featkd.NORMALIZED.temperature)
-        size = plain.masked_energy(torch.zeros_like(teacher), teacher, *masks)
-    return featkd.NORMALIZED.beta * (plain.masked_energy(adapted, teacher, *masks) / size).mean()
-
-
 def transfer(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tensor:
     adapters = layers["attention_transfer"]
     spatial = adapters["spatial_adapter"](student.abs().mean(1, True)) - teacher.abs().mean(1, True)
@@ -91,7 +83,6 @@ def fpn_outputs(layers: nn.ModuleDict, student: Tensor, teacher: Tensor) -> Tens
 
 PRESETS: dict[str, Level] = {
     "STANDARDIZED": standardized,
-    "NORMALIZED": normalized,
     "FPN_OUTPUTS": fpn_outputs,
 }
 

@@ -26,7 +26,6 @@ OUTPUTS = {f"p{i}": f"backbone[{i}]" for i in range(3)}
 DISTILLED = {
     "STANDARDIZED": (featkd.STANDARDIZED, OUTPUTS, dict.fromkeys(OUTPUTS, 256)),
     "FPN_OUTPUTS": (featkd.FPN_OUTPUTS, OUTPUTS, dict.fromkeys(OUTPUTS, 256)),
-    "NORMALIZED, stages": (featkd.NORMALIZED, LAYERS, CHANNELS),
     "all terms, stages": (ALL_TERMS, LAYERS, CHANNELS),
 }
 

@@ -24,7 +24,6 @@ from .losses.transfer import AttentionTransferLoss
 from .matching import match_layers
 from .presets import (
     FPN_OUTPUTS,
-    NORMALIZED,
     ONE_STAGE,
     RELEASED_ONE_STAGE,
     RELEASED_TWO_STAGE,
@@ -39,7 +38,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FPN_OUTPUTS",
-    "NORMALIZED",
     "ONE_STAGE",
     "RELEASED_ONE_STAGE",
     "RELEASED_TWO_STAGE",

@@ -92,15 +92,6 @@ ONE_STAGE = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=0.5)
 STANDARDIZED = Hyperparameters(alpha=0.0, beta=4.0, gamma=0.0, temperature=None, standardize=True)
 """L_AM alone, of standardised features and without masks; beyond the paper. The default."""
 
-NORMALIZED = Hyperparameters(
-    alpha=0.0, beta=8.0, gamma=0.0, temperature=1.0, reduction="mean_square", normalize=True
-)
-"""L_AM alone, squared and in units of its value for an all-zero student; beyond the paper.
-
-Chosen by `benchmarks/study` (tables tune and presets, FCOS, 2 seeds each) on scenes that no
-other table uses, for taps at the backbone's stages.
-"""
-
 FPN_OUTPUTS = Hyperparameters(alpha=4e-4, beta=2e-2, gamma=4e-4, temperature=4.0)
 """The weights of :data:`ONE_STAGE` at T = 4, for taps at an FPN's outputs; beyond the paper.
 

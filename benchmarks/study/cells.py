@@ -15,6 +15,7 @@ from scipy.stats import t
 
 import featkd
 from benchmarks.study.runs import Line
+from benchmarks.study.settings import NORMALIZED
 from benchmarks.study.variants import NAMES, split
 
 PLAIN, OURS = "none", "featkd"
@@ -29,7 +30,7 @@ DEFAULTS = (
     }
 )
 HYPERPARAMETERS = {each.name for each in fields(featkd.Hyperparameters)}
-PRESETS = {
+PRESETS = {"NORMALIZED": asdict(NORMALIZED)} | {
     name: asdict(value)
     for name, value in vars(featkd).items()
     if isinstance(value, featkd.Hyperparameters)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import featkd
 from benchmarks.study.cells import best, best_everywhere
 from benchmarks.study.lines import lines_of, pending
 from benchmarks.study.runs import BOARDS, PASTED, Data, Line, Run, Teacher, distilled, plain_run
@@ -21,6 +20,7 @@ from benchmarks.study.settings import (
     MASKS,
     NEAR_BOXES,
     NEEDS_RELU,
+    NORMALIZED,
     ON_PICTURES,
     OPEN,
     PRESETS,
@@ -90,7 +90,7 @@ def tap_runs(lines: Iterable[Line]) -> list[Run]:
     chosen = best(finished("tune", tune_runs(lines), lines))
     runs = []
     for detector, tuned_on in TUNED_ON.items():
-        settings = {"featkd": [settings_of(featkd.NORMALIZED)]} | {
+        settings = {"featkd": [settings_of(NORMALIZED)]} | {
             method: [chosen[tuned_on, method]] for method in list(CANDIDATES)[1:]
         }
         for method in settings.keys() - NEEDS_RELU:

@@ -31,7 +31,6 @@ from examples.detection.run_folder import EXPORTED
 PRESETS = {
     "standardized": featkd.STANDARDIZED,
     "fpn_outputs": featkd.FPN_OUTPUTS,
-    "normalized": featkd.NORMALIZED,
     "two_stage": featkd.TWO_STAGE,
     "one_stage": featkd.ONE_STAGE,
     "released_two_stage": featkd.RELEASED_TWO_STAGE,

@@ -48,7 +48,7 @@ def preset(name):
     return SumOfTerms(loss)
 
 
-PRESETS = ["TWO_STAGE", "ONE_STAGE", "NORMALIZED", "FPN_OUTPUTS"]
+PRESETS = ["TWO_STAGE", "ONE_STAGE", "STANDARDIZED", "FPN_OUTPUTS"]
 PRESETS += ["RELEASED_TWO_STAGE", "RELEASED_ONE_STAGE"]
 DIFFERENTIABLE = {
     **{case.name: (case.module, case.teacher_channels) for case in APART},

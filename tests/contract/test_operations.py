@@ -110,7 +110,7 @@ def shared(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["STANDARDIZED", "NORMALIZED"])
+@pytest.mark.parametrize("preset", pyramid.PRESETS)
 def test_threads_wait_for_each_other_no_more_often_than_in_plain_torch(preset, monkeypatch):
     """On busy cores each such operation may wait for a turn of the scheduler."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

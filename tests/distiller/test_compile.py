@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from featkd import (
-    NORMALIZED,
     Distiller,
     FeatureDistillationLoss,
     FeatureTap,
@@ -309,7 +308,7 @@ def test_a_compiled_distiller_with_graph_breaks_equals_eager(shared_input):
 @pytest.mark.one_graph
 def test_a_compiled_distiller_of_tokens_of_images_of_many_sizes(counter):
     student = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Tanh()).double()
-    loss = FeatureDistillationLoss(4, 6, hyperparameters=NORMALIZED, resize="bilinear").double()
+    loss = FeatureDistillationLoss(4, 6, resize="bilinear").double()
     convert = {"c": (None, PatchTokens(4))}
     distiller = Distiller(student, PatchNet(), loss, {"c": ("0", "block")}, convert=convert)
     plain = copy.deepcopy(distiller)

@@ -66,7 +66,7 @@ LARGE = torch.ones(2, 3, 8, 8)
 TRANSFER = featkd.AttentionTransferLoss(3, 3)
 CHANNEL = featkd.AttentionTransferLoss(3, 3, attention="channel")
 MASKED = featkd.AttentionMaskedLoss(3, 3, temperature=0.5)
-OVERALL = partial(featkd.FeatureDistillationLoss, hyperparameters=featkd.NORMALIZED)
+OVERALL = featkd.FeatureDistillationLoss
 RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
 NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
 CONVERT = partial(converts_by_side, levels=["c1"])

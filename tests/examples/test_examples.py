@@ -315,7 +315,7 @@ def test_a_finished_run_and_its_teacher_outlive_the_next_job(
     with pytest.raises(SystemExit, match="must fit --detector"):
         run("--detector", "fcos", "--output", folder, "--teacher", teacher, "--overwrite")
     assert contents(folder) == before
-    run(*again, "--teacher", teacher, "--overwrite", "--preset", "normalized")
+    run(*again, "--teacher", teacher, "--overwrite", "--preset", "fpn_outputs")
     after = contents(folder)
     assert after["teacher.pt"] == before["teacher.pt"]
     assert "teacher.checkpoint.pt" not in after

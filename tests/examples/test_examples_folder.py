@@ -226,11 +226,11 @@ def test_only_files_of_the_job_s_names_are_removed_and_only_where_asked(used: Pa
     before = contents(used)
     assert "holds a finished run" in refused("--output", used)
     assert begin("--output", used, "--resume") == "finished"
-    assert "preset=normalized" in refused("--output", used, "--resume", "--preset", "normalized")
+    assert "preset=fpn_outputs" in refused("--output", used, "--resume", "--preset", "fpn_outputs")
     assert contents(used) == before
-    assert begin("--output", used, "--overwrite", "--preset", "normalized") == "new"
+    assert begin("--output", used, "--overwrite", "--preset", "fpn_outputs") == "new"
     assert contents(used).keys() == {"config.json", "mine.pt", "mine.png"}
-    assert json.loads((used / "config.json").read_text())["options"]["preset"] == "normalized"
+    assert json.loads((used / "config.json").read_text())["options"]["preset"] == "fpn_outputs"
 
 
 def test_an_unfinished_run_is_gone_on_with_or_replaced_by_name_alone(used: Path) -> None:

@@ -261,7 +261,7 @@ def test_options_by_level():
 
 
 def test_a_dot_in_a_level_s_name_is_a_slash_in_the_parameters_names():
-    loss = FeatureDistillationLoss({"a.b": 4}, {"a.b": 4}, hyperparameters=featkd.NORMALIZED)
+    loss = FeatureDistillationLoss({"a.b": 4}, {"a.b": 4}, hyperparameters=featkd.STANDARDIZED)
     parameters = {"adapter.weight", "adapter.bias"}
     assert set(loss.state_dict()) == {f"attention_masked.a/b.{name}" for name in parameters}
 

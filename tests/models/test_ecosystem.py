@@ -207,7 +207,9 @@ def with_models(monkeypatch: pytest.MonkeyPatch, kind: str) -> Any:
         stages = "model.backbone.model.encoder.stages.{}"
         layers = {"c3": stages.format(1), "c4": stages.format(2)}
         channels = {"c3": WIDTHS[1], "c4": WIDTHS[2]}
-        loss = featkd.FeatureDistillationLoss(channels, channels, hyperparameters=featkd.NORMALIZED)
+        loss = featkd.FeatureDistillationLoss(
+            channels, channels, hyperparameters=featkd.STANDARDIZED
+        )
         return example.Distiller(
             *student_and_teacher(kind), loss, layers, shared_input="model.backbone.model"
         )

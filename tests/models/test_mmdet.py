@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, match_layers
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap, match_layers
 from tests.helpers.models import hook_count, snapshot, unchanged, watch
 
 pytestmark = [
@@ -126,7 +126,7 @@ def pair(request):
 
 def make(pair):
     channels = LEVELS[pair.name]
-    loss = FeatureDistillationLoss(channels, channels, hyperparameters=NORMALIZED)
+    loss = FeatureDistillationLoss(channels, channels)
     student, teacher = copy.deepcopy((pair.student, pair.teacher))
     return Distiller(student, teacher, loss, pair.layers, shared_input="backbone")
 
@@ -193,7 +193,7 @@ def test_teacher(trained):
 def test_state_dict(pair):
     student = copy.deepcopy(pair.student)
     hooks, before = hook_count(student), snapshot(student)
-    loss = FeatureDistillationLoss(LEVELS[pair.name], LEVELS[pair.name], hyperparameters=NORMALIZED)
+    loss = FeatureDistillationLoss(LEVELS[pair.name], LEVELS[pair.name])
     distiller = Distiller(student, pair.teacher, loss, pair.layers, shared_input="backbone").eval()
     with torch.no_grad():
         distiller(*pair.batch)

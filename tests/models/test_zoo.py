@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import featkd
-from featkd import NORMALIZED, Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
+from featkd import STANDARDIZED, Distiller, FeatureDistillationLoss, FeatureTap, Hyperparameters
 from tests.helpers.models import hook_count, snapshot, unchanged, watch
 from tests.helpers.zoo import CROSS_PAIRS, IMAGES, NOT_SUPPORTED, ZOO
 
@@ -441,7 +441,7 @@ def distiller_of_body(entry, body, channels):
     return Distiller(
         body,
         with_other_weights(body),
-        loss_of(channels, channels, NORMALIZED),
+        loss_of(channels, channels, STANDARDIZED),
         entry.layers_of(entry.body),
         convert=entry.convert,
     )

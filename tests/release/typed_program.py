@@ -72,7 +72,7 @@ def matched(student: nn.Module, teacher: nn.Module) -> featkd.FeatureDistillatio
         assert_type(ours, Layer)
         assert_type(ours.channels, int)
     loss = featkd.FeatureDistillationLoss(
-        match.student_channels, match.teacher_channels, hyperparameters=featkd.NORMALIZED
+        match.student_channels, match.teacher_channels, hyperparameters=featkd.STANDARDIZED
     )
     featkd.Distiller(student, teacher, loss, match.layers, convert=match.convert)
     return loss
@@ -118,7 +118,7 @@ def wrong(model: nn.Module) -> None:
     featkd.FeatureDistillationLoss(8, 8, hyperparameters={})  # type: ignore[arg-type]
     featkd.FeatureDistillationLoss([8], [8], hyperparameters=featkd.ONE_STAGE)  # type: ignore[arg-type]
     featkd.Hyperparameters(alpha=1, beta=1, gamma=1)  # type: ignore[call-arg]
-    featkd.NORMALIZED.alpha = 1.0  # type: ignore[misc]
+    featkd.STANDARDIZED.alpha = 1.0  # type: ignore[misc]
     featkd.FeatureTap(model, 3)  # type: ignore[arg-type]
     featkd.FeatureTap("backbone", ["0"])  # type: ignore[arg-type]
     featkd.FeatureTap(model, ["0"], calls={"0": "1"})  # type: ignore[dict-item]

@@ -156,7 +156,7 @@ def test_copies_and_saved_models_need_no_featkd(tmp_path):
     tapped, student = build(), build()
     layers = {"c": "1", "x": "1:input", "tokens": "2"}
     tap = FeatureTap(tapped, layers, convert={"tokens": PatchTokens(2)})
-    loss = featkd.FeatureDistillationLoss(4, 4, hyperparameters=featkd.NORMALIZED)
+    loss = featkd.FeatureDistillationLoss(4, 4, hyperparameters=featkd.STANDARDIZED)
     distiller = featkd.Distiller(student, build(), loss, {"c": "1"}, shared_input="1")
     saved = {
         "tapped": tapped,

@@ -14,7 +14,7 @@ from benchmarks.study.document import as_mask_line
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS
 from benchmarks.study.remembered import RememberedTeacher, recall, remembered
 from benchmarks.study.runs import Teacher, identity, teacher_of
-from benchmarks.study.settings import CANDIDATES, settings_of
+from benchmarks.study.settings import CANDIDATES, NORMALIZED, settings_of
 from benchmarks.study.tests.samples import CPU, DISTILLED, PLAIN, line_of
 from benchmarks.study.train import new_model, perform
 from examples.detection import training
@@ -55,7 +55,7 @@ def test_adapters_are_drawn_by_the_run_s_seed(folder: Path) -> None:
 
 
 def test_the_fpn_s_outputs_can_be_tapped(folder: Path) -> None:
-    run = replace(DISTILLED, hyperparameters=settings_of(featkd.NORMALIZED) | {"taps": "fpn"})
+    run = replace(DISTILLED, hyperparameters=settings_of(NORMALIZED) | {"taps": "fpn"})
     model = new_model(run, folder, CPU)
     assert model.loss.channels == dict.fromkeys(("p2", "p3", "p4"), (32, 32))
     settings = {"weight": 1.0, "taps": "fpn"}

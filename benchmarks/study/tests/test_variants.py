@@ -11,12 +11,12 @@ from torchvision.models.detection.image_list import ImageList
 
 import featkd
 from benchmarks.study.methods.fine_grained_imitation import imitation_mask
-from benchmarks.study.settings import settings_of
+from benchmarks.study.settings import NORMALIZED, settings_of
 from benchmarks.study.train import ANCHOR_SIZES
 from benchmarks.study.variants import WEIGHTS, calibrate, featkd_loss, near, standard
 
 CHANNELS = {"c3": 3}, {"c3": 5}
-NORMALIZED = settings_of(featkd.NORMALIZED)
+SETTINGS = settings_of(NORMALIZED)
 
 
 def features(seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -26,12 +26,12 @@ def features(seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def masked(**settings: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    return featkd_loss(*CHANNELS, 10, **NORMALIZED | settings)
+    return featkd_loss(*CHANNELS, 10, **SETTINGS | settings)
 
 
 def test_without_a_variant_the_loss_is_the_library_s() -> None:
     torch.manual_seed(0)
-    loss = featkd.FeatureDistillationLoss(*CHANNELS, hyperparameters=featkd.NORMALIZED)
+    loss = featkd.FeatureDistillationLoss(*CHANNELS, hyperparameters=NORMALIZED)
     assert masked()(*features()) == loss(*features())
 
 
@@ -151,7 +151,7 @@ def test_a_schedule_warms_up_or_decays_and_survives_a_checkpoint() -> None:
 
 def test_a_level_counts_as_its_share_of_the_positions() -> None:
     channels = {"c3": 3, "c4": 3}
-    settings = NORMALIZED | {"levels": "positions"}
+    settings = SETTINGS | {"levels": "positions"}
     loss = featkd_loss(channels, channels, 10, **settings)
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
