@@ -97,24 +97,17 @@ def test_five_levels_take_fewer_operations_than_the_plain_formulas(preset):
 SHARED = 32_768  # numbers: torch shares an operation on more among its threads
 
 
-def shared(preset):
-    """Operations that two threads share, in a step of featkd and of plain torch."""
+def test_threads_wait_for_each_other_no_more_often_than_in_plain_torch(monkeypatch):
+    """On busy cores each operation that they share may wait for a turn of the scheduler."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     images, channels, sizes = pyramid.BATCHES["2 x 800 x 1216"]
     student, teacher = pyramid.features(images, channels, sizes, torch.device("cpu"))
     counts = []
-    for loss in pyramid.both(preset, dict.fromkeys(student, channels))[::-1]:
+    for loss in pyramid.both("STANDARDIZED", dict.fromkeys(student, channels)):
         with Operations(SHARED) as operations:
             pyramid.step(loss, student, teacher)()
         counts.append(operations.count)
-    return counts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", pyramid.PRESETS)
-def test_threads_wait_for_each_other_no_more_often_than_in_plain_torch(preset, monkeypatch):
-    """On busy cores each such operation may wait for a turn of the scheduler."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    ours, plain = shared(preset)
+    plain, ours = counts
     assert ours < plain
 
 
