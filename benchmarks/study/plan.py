@@ -26,6 +26,7 @@ from benchmarks.study.settings import (
     PRESETS,
     PRESETS_AT_STAGES,
     RELATIONS,
+    RELEASED_ONE_STAGE,
     SCALE_FREE,
     SCHEDULES,
     SENSITIVITY,
@@ -287,6 +288,7 @@ TABLES: dict[str, Callable[[Iterable[Line]], list[Run]]] = {
     "ten_seeds": secondary_runs(
         [STANDARDIZED | FPN, with_mask(8.0)], SPARSE_TEACHERS, range(20, 30), SPARSE, "faster_rcnn"
     ),
+    "released": on_every_detector([RELEASED_ONE_STAGE], MAIN_SEEDS, SCENES),
     "masks": secondary_runs([FPN_OUTPUTS], detector=MASK_RCNN),
     "quick": quick_runs,
 }

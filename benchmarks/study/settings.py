@@ -176,6 +176,8 @@ CHOICES = [
     with_terms(replace(TWO_STAGE, beta=0.4), "beta") | FPN | {"unit": "element"},
     settings_of(BASE, beta=2.0, temperature=4.0) | FPN,
 ]
+# As the authors' code runs it.
+RELEASED_ONE_STAGE = settings_of(featkd.RELEASED_ONE_STAGE) | FPN
 # One setting a preset, whatever the scenes: what a user has who tunes nothing.
 UNTUNED = [
     STANDARDIZED | FPN,
