@@ -1,10 +1,10 @@
 """The document of all tables and its plots, from the lines."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.cells import PLAIN, Interval, best
+from benchmarks.study.cells import Interval, best
 from benchmarks.study.lines import COLUMNS, MASK_COLUMNS, lines_of, pending, read_lines
 from benchmarks.study.plan import TABLES, tap_runs
 from benchmarks.study.plots import gains_plot, overview_plot, sensitivity_plot, teachers_plot
@@ -13,7 +13,7 @@ from benchmarks.study.tables import (
     against_first,
     comparison,
     contestants,
-    differences,
+    gains_by_method,
     gains_table,
     report,
 )
@@ -34,11 +34,11 @@ ONE_DETECTOR = {
 # featkd's settings on every detector, each beside the plain student.
 SETTINGS = {"mask", "true_boxes", "units", "picture_weights", "by_gradient"}
 AT_FPN = ", taps fpn"
-# Of the overview: the title of a panel, by table and place.
+# Of the overview, each the mean of three detectors.
 PANELS = {
-    ("main", "mean"): "dense scenes, three detectors, others tuned for each",
-    ("sparse", "mean"): "sparse scenes, three detectors, one setting each",
-    ("pictures", "fcos"): "photographs (DeepPCB), FCOS",
+    "main": "dense scenes, others tuned for each detector",
+    "sparse": "sparse scenes, one setting each",
+    "pictures": "photographs, one setting each",
 }
 
 
@@ -78,7 +78,7 @@ def write(file: Path) -> None:
                 comparison(*rivals),
             ]
             gains_plot(*rivals, plot)
-            panels |= panels_of(name, found, tuned)
+            panels[PANELS[name]] = bars_of(rivals)
             parts.append(f"![paired gains]({plot.name})")
         if name == "teachers":
             teachers_plot(found, file.with_name("teachers.png"))
@@ -97,22 +97,13 @@ def write(file: Path) -> None:
     print(document)
 
 
-def panels_of(table: str, lines: Sequence[Line], tuned: Tuned) -> dict[str, dict[str, Interval]]:
-    """By title the gain of every method that is at that place, with all its seeds."""
-    found = {}
-    for (name, place), title in PANELS.items():
-        if name == table:
-            there = [line for line in lines if place in ("mean", line["detector"])]
-            ours, others = contestants(there, tuned)
-            gains = {
-                method: gain
-                for method, each in (*ours.items(), *others.items())
-                if method != PLAIN and (gain := differences(each, others[PLAIN]).get(place))
-            }
-            most = max(gain.n for gain in gains.values())
-            whole = {method: gain for method, gain in gains.items() if gain.n == most}
-            found[title] = {bar_of(method, whole): gain for method, gain in whole.items()}
-    return found
+def bars_of(rivals: tuple[dict[str, list[Line]], dict[str, list[Line]]]) -> dict[str, Interval]:
+    """The mean gain of every method that has all its seeds."""
+    found = gains_by_method(*rivals).items()
+    gains = {method: each["mean"] for method, each in found if "mean" in each}
+    most = max(gain.n for gain in gains.values())
+    whole = {method: gain for method, gain in gains.items() if gain.n == most}
+    return {bar_of(method, whole): gain for method, gain in whole.items()}
 
 
 def bar_of(method: str, methods: Container[str]) -> str:

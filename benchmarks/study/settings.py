@@ -176,7 +176,6 @@ CHOICES = [
     with_terms(replace(TWO_STAGE, beta=0.4), "beta") | FPN | {"unit": "element"},
     settings_of(BASE, beta=2.0, temperature=4.0) | FPN,
 ]
-# As the authors' code runs it.
 RELEASED_ONE_STAGE = settings_of(featkd.RELEASED_ONE_STAGE) | FPN
 # One setting a preset, whatever the scenes: what a user has who tunes nothing.
 UNTUNED = [
@@ -185,6 +184,7 @@ UNTUNED = [
     FPN_OUTPUTS,
     *PRESETS_AT_STAGES,
     with_mask(8.0),
+    RELEASED_ONE_STAGE,
 ]
 STEADINESS = [
     settings_of(featkd.STANDARDIZED, beta=factor * featkd.STANDARDIZED.beta) | FPN

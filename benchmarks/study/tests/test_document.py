@@ -26,6 +26,6 @@ def test_no_line_is_no_document(tmp_path: Path) -> None:
 def test_a_setting_at_both_taps_is_in_the_overview_with_all_its_seeds() -> None:
     lines = read_lines(LINES)
     found = document.lines_of(document.TABLES["sparse"](lines), lines)
-    (panel,) = document.panels_of("sparse", found, {}).values()
+    panel = document.bars_of(document.contestants(found, {}))
     assert panel["featkd, STANDARDIZED"].n == panel["pkd"].n == 5
     assert panel["featkd, STANDARDIZED"].mean > panel["featkd, STANDARDIZED, stages"].mean

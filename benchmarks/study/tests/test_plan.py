@@ -71,7 +71,7 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
         main_runs(lines[:-1])
     runs = main_runs(lines)
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
-    assert len(runs) == (13 + 12 + 12) * 5
+    assert len(runs) == (14 + 13 + 13) * 5
     ours = [run.hyperparameters for run in runs if run.method == "featkd"]
     for everywhere in (FPN_OUTPUTS, *PRESETS_AT_STAGES):
         assert ours.count(everywhere) >= 3 * 5
@@ -87,7 +87,7 @@ def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
     with pytest.raises(LookupError, match="`run taps` finished first: 1 of its runs"):
         sparse_runs(lines[:-1])
     runs = sparse_runs(lines)
-    assert len(runs) == (1 + 6 + 6) * 3 * 5
+    assert len(runs) == (1 + 7 + 6) * 3 * 5
     assert {run.data.name for run in runs} == {"sparse"}
     for method in METHODS:
         settings = [run.hyperparameters for run in runs if run.method == method]
@@ -99,7 +99,7 @@ def test_on_sparse_scenes_a_method_has_one_setting_for_all_detectors() -> None:
 def test_on_real_pictures_the_settings_are_those_of_sparse_scenes_and_one_told_boxes() -> None:
     lines = chosen_lines()
     runs, sparse = picture_runs(lines), sparse_runs(lines)
-    assert len(runs) == (1 + 7 + 6) * 3 * 5
+    assert len(runs) == (1 + 8 + 6) * 3 * 5
     assert {run.data.name for run in runs} == {"deeppcb"}
     settings, known = (
         {(run.method, str(run.hyperparameters)) for run in table} for table in (runs, sparse)
