@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserved(*models: nn.Module) -> Iterator[None]:
-    """Keeps buffers, modes, and the random numbers of Python, NumPy, torch and the GPUs in use."""
+    """Keeps buffers, modes, and the random numbers of Python, NumPy, torch and the GPUs in use.
+
+    What is compiled runs as it is written.
+    """
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [
@@ -28,7 +31,7 @@ def preserved(*models: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     of_numpy = numpy and numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=list(gpus)):
+        with torch.random.fork_rng(devices=list(gpus)), _uncompiled():
             yield
     finally:
         random.setstate(numbers)
@@ -39,6 +42,12 @@ def preserved(*models: nn.Module) -> Iterator[None]:
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             _restore(buffer, value)
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """One graph takes no more hooks, and its backward frees what a second one needs."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # none in torch 2.4
+    return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def _restore(buffer: Tensor, value: Tensor) -> None:

@@ -6,7 +6,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,11 +110,8 @@ def trace(
 
         handles.append(module.register_forward_pre_hook(in_eager(before), with_kwargs=True))
         handles.append(module.register_forward_hook(in_eager(after)))
-    # Compiled as one graph, a model takes no such hooks. torch 2.4 has no way out of that.
-    set_stance = getattr(torch.compiler, "set_stance", None)
     try:
-        stance = set_stance("force_eager") if set_stance else nullcontext()
-        with preserved(model), torch.no_grad(), stance:
+        with preserved(model), torch.no_grad():
             model.eval()(*args, **kwargs)
     finally:
         for handle in handles:

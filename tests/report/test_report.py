@@ -471,7 +471,7 @@ def test_a_report_changes_no_later_step():
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("part", ["student", "teacher", "distiller"])
+@pytest.mark.parametrize("part", ["student", "teacher", "distiller", "loss"])
 def test_a_report_of_compiled_parts(part, fresh_compiler):
     plain = make(Net(4))
     student, teacher, loss = copy.deepcopy((plain.student, plain.teacher, plain.loss))
@@ -480,6 +480,8 @@ def test_a_report_of_compiled_parts(part, fresh_compiler):
         student = torch.compile(student, backend=counter)
     elif part == "teacher":
         teacher = torch.compile(teacher, backend=counter)
+    elif part == "loss":
+        loss.compile(backend=counter)
     distiller = Distiller(student, teacher, loss, LEVELS)
     if part == "distiller":
         distiller = torch.compile(distiller, backend=counter)
