@@ -98,7 +98,9 @@ class LayerMatch:
                 kind = type(level).__name__
                 raise TypeError(f"`levels` must be strings, each an argument, got {kind}.")
             if level not in found:
-                raise ValueError(f"`levels` must be among {list(found)}, got {level!r}.")
+                no_fpn = level[:1] == "p" and not any(name[0] == "p" for name in found)
+                hint = ": no outputs of FPNs are paired, take stages" if no_fpn else ""
+                raise ValueError(f"`levels` must be among {list(found)}, got {level!r}{hint}.")
         if not levels or len(set(levels)) < len(levels):
             raise ValueError(f"`levels` must be at least one, each once, got {list(levels)}.")
         pairs = {level: found.pop(level) for level in levels}

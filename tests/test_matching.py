@@ -589,6 +589,8 @@ def test_select_keeps_the_named_levels():
     assert match.select("c2").student == match.student
     with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
         match.select("c9")
+    with pytest.raises(ValueError, match=r"got 'p3': no outputs of FPNs are paired, take stages"):
+        match.select("p3")
     with pytest.raises(TypeError, match=r"`levels` must be strings, each an argument, got int\."):
         match.select(2)
     for levels in ((), ("c2", "c2")):

@@ -181,7 +181,7 @@ class Distiller(nn.Module):
         step = self._step(args, kwargs)
         if in_eager and not self._logged:
             self._logged = True
-            log_first_step(step, self.loss)
+            log_first_step(step, self.student, self.teacher, self.loss)
         return step.output, step.losses
 
     def report(
@@ -190,7 +190,7 @@ class Distiller(nn.Module):
         """Runs one trial step and says what is tapped, how large it is, and what each term does.
 
         A term is judged by its gradient's norm over that of the detector's loss, on the student's
-        parameters that the distillation reaches: 1 to 5 is good. The detector's loss is known
+        parameters that the distillation reaches. The detector's loss is known
         where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
         scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
         gradient, buffer, mode or random number is changed, but a buffer that was `None` and that

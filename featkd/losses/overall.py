@@ -21,6 +21,15 @@ from .transfer import AttentionTransferLoss
 Features = Tensor | Mapping[str, Tensor]
 
 
+def _require_hyperparameters(value: object) -> None:
+    if not isinstance(value, Hyperparameters):
+        found = type(value).__name__
+        raise TypeError(
+            "`hyperparameters` must be a Hyperparameters, such as `featkd.STANDARDIZED`, "
+            f"got {found}."
+        )
+
+
 class FeatureDistillationLoss(nn.Module):
     r"""The overall distillation loss, summed over the levels.
 
@@ -78,17 +87,12 @@ class FeatureDistillationLoss(nn.Module):
         normalize: bool | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(hyperparameters, Hyperparameters):
-            found = type(hyperparameters).__name__
-            raise TypeError(
-                "`hyperparameters` must be a Hyperparameters, such as `featkd.STANDARDIZED`, "
-                f"got {found}."
-            )
+        _require_hyperparameters(hyperparameters)
         require_resize(resize)
         if normalize is None:
             normalize = hyperparameters.normalize
         require_form(hyperparameters.reduction, normalize, hyperparameters.standardize)
-        self.hyperparameters = hyperparameters
+        self._hyperparameters = hyperparameters
         self.resize = resize
         self.normalize = normalize
         self.single = not isinstance(student_channels, Mapping)
@@ -150,6 +154,28 @@ class FeatureDistillationLoss(nn.Module):
                     normalize=normalize,
                     standardize=settings.standardize,
                 )
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """As given. One with other weights may take its place, in the middle of a training too.
+
+        All else, and which weights are 0, says what the loss is built of, and stays.
+        """
+        return self._hyperparameters
+
+    @hyperparameters.setter
+    def hyperparameters(self, hyperparameters: Hyperparameters) -> None:
+        _require_hyperparameters(hyperparameters)
+        for name, built in vars(self._hyperparameters).items():
+            found = getattr(hyperparameters, name)
+            both_weights = name in ("alpha", "beta", "gamma") and built and found
+            if found != built and not both_weights:
+                raise ValueError(
+                    "`hyperparameters` must differ from those that the loss was built with in "
+                    f"weights above 0 alone, got {name}={found!r} in place of {built!r}: build "
+                    "another loss."
+                )
+        self._hyperparameters = hyperparameters
 
     def extra_repr(self) -> str:
         return f"{self.hyperparameters}, resize={self.resize!r}, normalize={self.normalize}"

@@ -36,8 +36,8 @@ NOT_DISTILLING = (
     "the distiller is in `eval` mode, the student trains and is not taught: `distiller.train()`."
 )
 AIM = (
-    "Aim at 1 to 5 after some hundred steps and scale the weights then: of an untrained student "
-    "it says little."
+    "Where distillation helped, it was 1 to 5 after some hundred steps. Of an untrained student it "
+    "says little."
 )
 
 
@@ -129,7 +129,7 @@ def make_report(
     return Report(levels, terms, total, own, tuple(note[0].upper() + note[1:] for note in notes))
 
 
-def log_first_step(step: Step, loss: nn.Module) -> None:
+def log_first_step(step: Step, student: nn.Module, teacher: nn.Module, loss: nn.Module) -> None:
     """Logs what a report would say and needs no backward: the levels, and what is wrong.
 
     Of several processes the first alone speaks.
@@ -140,7 +140,7 @@ def log_first_step(step: Step, loss: nn.Module) -> None:
     levels = level_reports(step, loss, found)
     LOGGER.info("Distilling\n%s", level_table(levels))
     if all(magnitude.student is not None for magnitude in found.values()):
-        for text in _seen_forward(step, levels, found, loss):
+        for text in (*_seen_forward(step, levels, found, loss), *larger_student(student, teacher)):
             LOGGER.warning(text)
 
 

@@ -23,6 +23,7 @@ class Store:
 
     def __init__(self) -> None:
         self.armed = False
+        self.popped = False  # since it was armed
         self.thread: int | None = None
         # Alias -> what notes the images of its captures, from the model to the tapped module.
         self.image_hooks: dict[str, list[ImageHook]] = {}

@@ -61,8 +61,11 @@ def require_in_both(
 ) -> None:
     """The paths of a level name a module of the student and one of the teacher."""
     sides = ("student", student), ("teacher", teacher)
+    advice = "a (student path, teacher path) pair names both"
+    if paths[0] != paths[1]:
+        advice = "the student comes first, in each pair and before the teacher"
     for (role, model), path, (other, elsewhere) in zip(sides, paths, sides[::-1], strict=True):
-        resolve(model, path, name, f"{role}, a ", (other, elsewhere))
+        resolve(model, path, name, f"{role}, a ", (f", a path of the {other}: {advice}", elsewhere))
 
 
 def resolve(
@@ -74,7 +77,7 @@ def resolve(
 ) -> tuple[nn.Module, bool, tuple[str, ...]]:
     """The module that `path` names, whether its input is meant, and the item's keys.
 
-    An error says the model's `role`, and whether the `other` one has such a module.
+    An error says the model's `role`, and the advice where the `other` model has such a module.
     """
     match = _PATH.fullmatch(path)
     if match is None:
@@ -91,7 +94,7 @@ def resolve(
         close = behind or difflib.get_close_matches(wanted, own_names)
         hint = f" (close: {', '.join(map(repr, close))})" if close else ""
         if other is not None and _named(other[1], wanted):
-            hint += f", a path of the {other[0]}: a (student path, teacher path) pair names both"
+            hint += other[0]
         raise ValueError(
             f"`{name}` must be the path of a module of the {role}{type(model).__name__}, "
             f"got {wanted!r}{hint}."

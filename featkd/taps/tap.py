@@ -137,7 +137,7 @@ class FeatureTap:
         else:
             self._store.thread = threading.get_ident()
             move_last(self._handles)
-        self._store.armed = True
+        self._store.armed, self._store.popped = True, False
         return self
 
     def __exit__(
@@ -163,6 +163,7 @@ class FeatureTap:
             alias: [self._store.image_size(alias, index) for index in range(len(found))]
             for alias, found in captured.items()
         }
+        popped, self._store.popped = self._store.popped, True
         self._store.clear()
         if not torch.compiler.is_compiling():
             move_last(self._handles)
@@ -173,7 +174,7 @@ class FeatureTap:
         for alias, expected in self.calls.items():
             found = captured.get(alias, [])
             if len(found) != expected:
-                raise RuntimeError(self._miscount(alias, expected, len(found)))
+                raise RuntimeError(self._miscount(alias, expected, len(found), popped))
             for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version)
                 name = alias if expected == 1 else f"{alias}[{index}]"
@@ -200,9 +201,11 @@ class FeatureTap:
                 raise ValueError(f"`{name}` must name aliases of {aliases}, got {alias!r}.")
         return dict(values or {})
 
-    def _miscount(self, alias: str, expected: int, found: int) -> str:
+    def _miscount(self, alias: str, expected: int, found: int, popped: bool) -> str:
         path = self.layers[alias]
-        text = f"`pop` must follow {expected} call(s) of {path!r} (alias {alias!r}), got {found}: "
+        since = " since the last `pop`, whose result is to be kept" if popped and not found else ""
+        text = f"`pop` must follow {expected} call(s) of {path!r} (alias {alias!r}), got {found}"
+        text += f"{since}: "
         if found > expected:
             return text + (
                 "pop after every forward inside the `with` block; for a module that runs several "

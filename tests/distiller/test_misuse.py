@@ -262,6 +262,10 @@ def test_a_wholly_frozen_student_is_an_error():
             "got 'backbone.c1' (close: '0.backbone.c1'), a path of the student: a (student",
         ),
         ("0.backbone.c1", "), a path of the teacher: a (student path, teacher path) pair names"),
+        (
+            ("0.backbone.c1", "backbone.c1"),
+            "a path of the teacher: the student comes first, in each pair and before the teacher.",
+        ),
     ],
 )
 def test_a_wrong_path_is_an_error_that_says_whose(paths, said):

@@ -211,6 +211,28 @@ def test_hyperparameters_reach_every_term():
         assert required == [p.requires_grad for p in module.parameters()]
 
 
+def test_weights_above_0_may_change_in_the_middle_of_a_training_and_nothing_else():
+    loss = FeatureDistillationLoss(4, 3, featkd.FPN_OUTPUTS).double()
+    features = normal(2, 4, 4, 5), normal(2, 3, 4, 5, seed=1)
+    before = loss(*features)
+    loss.hyperparameters = dataclasses.replace(loss.hyperparameters, alpha=4e-3, beta=1e-2)
+    factors = {"loss_attention_transfer": 10, "loss_attention_masked": 0.5, "loss_non_local": 1}
+    after = loss(*features)
+    for name, factor in factors.items():
+        close(after[name], factor * before[name])
+    for name, value in {"temperature": 0.5, "gamma": 0, "standardize": True}.items():
+        kept = loss.hyperparameters
+        other = dataclasses.replace(kept, **{name: value})
+        with pytest.raises(ValueError, match=f"weights above 0 alone, got {name}={value}"):
+            loss.hyperparameters = other
+        assert loss.hyperparameters is kept
+    alone = FeatureDistillationLoss(4, 3)
+    with pytest.raises(ValueError, match=r"got alpha=1\.0 in place of 0\.0: build another loss"):
+        alone.hyperparameters = dataclasses.replace(featkd.STANDARDIZED, alpha=1.0)
+    with pytest.raises(TypeError, match=r"`hyperparameters` must be a Hyperparameters.*got float"):
+        alone.hyperparameters = 8.0
+
+
 def test_the_default_is_the_recommended_preset():
     loss = FeatureDistillationLoss(6, 3).double()
     assert loss.hyperparameters == featkd.STANDARDIZED

@@ -145,6 +145,19 @@ def test_a_hook_that_outlives_its_tap_pins_nothing():
     assert not alive
 
 
+def test_a_second_pop_says_that_the_first_had_the_features():
+    model = Net()
+    tap = FeatureTap(model, {"c1": "backbone.c1"})
+    with tap:
+        for _ in range(2):
+            model(images())
+            tap.pop()
+            said = "(alias 'c1'), got 0 since the last `pop`, whose result is to be kept: run the"
+            raises(RuntimeError, tap.pop, said)
+    with tap:
+        raises(RuntimeError, tap.pop, "(alias 'c1'), got 0: run the model itself")
+
+
 def test_a_module_that_did_not_run_is_an_error():
     model = Net()
     tap = FeatureTap(model, {"head": "head"})
