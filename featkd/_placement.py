@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -42,13 +42,19 @@ def placed(value: Any, device: torch.device | None, dtype: torch.dtype | None) -
         return value.to(device or value.device, _dtype_of(value, dtype))
     if isinstance(value, Mapping):
         items = {key: placed(item, device, dtype) for key, item in value.items()}
-        if type(value) is dict:
+        if type(value) is dict or not isinstance(value, MutableMapping):
             return items
         changed: Any = copy.copy(value)
         for key, item in items.items():
             changed[key] = item
         return changed
     found = [placed(item, device, dtype) for item in value]
+    if type(value) is list:
+        return found
+    if isinstance(value, list):
+        changed = copy.copy(value)
+        changed[:] = found
+        return changed
     kind: Any = type(value)
     return kind(*found) if hasattr(value, "_fields") else kind(found)
 

@@ -6,9 +6,12 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -23,7 +26,8 @@ def preserved(*models: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.detach().clone())
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None  # its model may remember elsewhere that it was filled
+        # What a first forward fills stays: its model may remember elsewhere that it is.
+        if buffer is not None and not is_lazy(buffer)
     ]
     tensors = [value for model in models for value in model.parameters()]
     gpus = {value.device for value in tensors if value.is_cuda}
@@ -51,10 +55,14 @@ def _uncompiled() -> AbstractContextManager[None]:
 
 
 def _restore(buffer: Tensor, value: Tensor) -> None:
-    """In place: others may hold the buffer."""
+    """In place, as others may hold the buffer: a graph that awaits its backward, as it was."""
     if buffer.layout == torch.strided and 0 in buffer.stride():  # expanded: nobody can write there
         return
-    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+    if buffer.is_inference():  # it has no version
+        as_it_was: AbstractContextManager[Any] = torch.inference_mode()
+    else:
+        as_it_was = _unsafe_preserve_version_counter(buffer)
+    with as_it_was, torch.no_grad():
         if buffer.shape != value.shape:  # an observer of quantisation resizes its own
             buffer.resize_(value.shape)
         buffer.copy_(value)

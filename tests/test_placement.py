@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, UserDict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +19,13 @@ from tests.helpers.models import LEVELS, Net, images, raises
 class Batch(NamedTuple):
     pixels: torch.Tensor
     sizes: torch.Tensor
+
+
+class Pair(list):
+    """A list that is not built of a list."""
+
+    def __init__(self, first, second):
+        super().__init__([first, second])
 
 
 class Keeps(Net):
@@ -39,6 +47,7 @@ STRUCTURES = {
     "a dictionary": {"pixels": FLOAT, "sizes": COUNTS},
     "an ordered one": OrderedDict(pixels=FLOAT, sizes=COUNTS),
     "another mapping": UserDict(pixels=FLOAT, sizes=COUNTS),
+    "a list of a kind": Pair(FLOAT, COUNTS),
     "nested": [{"pixels": (FLOAT,), "sizes": [COUNTS]}],
 }
 
@@ -72,6 +81,12 @@ def test_the_teachers_arguments_come_in_its_dtype(structure, early_stop):
     equal_structure(first, structure)
     assert options["scale"].dtype == torch.float64
     assert options["tag"] is tag
+
+
+def test_a_mapping_that_cannot_be_written_reaches_the_teacher_as_a_dictionary():
+    student, teacher = Keeps(4).float(), Keeps(6)
+    Distiller(student, teacher, Seen(), LEVELS)(MappingProxyType({"pixels": FLOAT, "tag": "a"}))
+    equal_structure(teacher.seen[0], {"pixels": FLOAT, "tag": "a"})
 
 
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)

@@ -24,9 +24,7 @@ from benchmarks.study.settings import (
     ON_PICTURES,
     OPEN,
     PRESETS,
-    PRESETS_AT_STAGES,
     RELATIONS,
-    RELEASED_ONE_STAGE,
     SCALE_FREE,
     SCHEDULES,
     SENSITIVITY,
@@ -120,8 +118,7 @@ def main_runs(lines: Iterable[Line]) -> list[Run]:
     runs = []
     for seed in MAIN_SEEDS:
         for detector, own in settings.items():
-            presets = [*own["featkd"], FPN_OUTPUTS, STANDARDIZED | FPN, *PRESETS_AT_STAGES]
-            presets += [with_mask(8.0), RELEASED_ONE_STAGE]
+            presets = [*own["featkd"], *UNTUNED]
             plain = plain_run(detector, seed, MAIN)
             runs += [plain, *distilled(plain, own | {"featkd": presets})]
     # The tuned setting may be one of the presets.

@@ -20,7 +20,13 @@ from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_in_both, require_module
 from ..taps.tap import FeatureTap
 from .call import called
-from .models import require_gradients, require_no_shared_weights, require_synchronised
+from .models import (
+    require_as_given,
+    require_gradients,
+    require_no_shared_weights,
+    require_synchronised,
+    versions_of_images,
+)
 from .normalization import require_one_normalization
 from .shared_input import SharedInput
 from .teacher import teacher_features
@@ -193,8 +199,8 @@ class Distiller(nn.Module):
         parameters that the distillation reaches. The detector's loss is known
         where the output is a mapping of scalars, has a `.loss`, is a `(loss, items)` pair or a
         scalar. Call it as the distiller itself, in training mode and before DDP or FSDP. No
-        gradient, buffer, mode or random number is changed, but a buffer that was `None` and that
-        a first forward fills. It takes one backward a term.
+        gradient, buffer, mode or random number is changed, but a buffer that a first forward
+        makes. It takes one backward a term.
 
         Args:
             args, kwargs: a batch, as for the distiller.
@@ -224,8 +230,10 @@ class Distiller(nn.Module):
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         input_tap = nullcontext() if self._shared is None else self._shared.tap
+        images = versions_of_images((args, kwargs)) if self._shared is None else []
         with self._student_tap, input_tap:
             output = called(self.student_forward, self.student, *args, **kwargs)
+        require_as_given(images)
         shared = None if self._shared is None else self._shared.pop()
         ours = self._student_tap.pop()
         require_gradients(ours)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..taps.trace import tensors_in
 
 
 def require_no_shared_weights(name: str, module: nn.Module, teacher: nn.Module) -> None:
@@ -42,6 +45,25 @@ def _identity(value: Tensor) -> int:
     """Where the values lie, or, where that is not to be asked, which object it is."""
     plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
     return (plain and value.data_ptr()) or id(value)
+
+
+def versions_of_images(arguments: Any) -> list[tuple[Tensor, int]]:
+    """Of what a student may normalise in place, before it does; none where it cannot be asked."""
+    if torch.compiler.is_compiling():
+        return []
+    images = [value for _, value in tensors_in(arguments) if value.dim() >= 3]
+    return [(x, x._version) for x in images if x.is_floating_point() and not x.is_inference()]
+
+
+def require_as_given(images: list[tuple[Tensor, int]]) -> None:
+    """The student has left the images as they were, for the teacher."""
+    for image, version in images:
+        if image._version != version:
+            raise RuntimeError(
+                "`student` must leave its images as they are, got an in-place change of those of "
+                f"shape {tuple(image.shape)}, which the teacher gets too: take `shared_input`, or "
+                "a `student_forward` that calls the student with a copy."
+            )
 
 
 def require_gradients(features: Mapping[str, Tensor]) -> None:

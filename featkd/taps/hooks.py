@@ -117,12 +117,14 @@ class _Hook:
                 f"{self.path!r}: append the item to take, such as '{self.path}[KEY]'."
             )
         version = None
-        if self.clone:
+        in_eager = not torch.compiler.is_compiling()
+        # Of an inference tensor, which has no version, a change would not show.
+        if self.clone or (in_eager and value.is_inference()):
             value = value.clone()
-        elif not torch.compiler.is_compiling() and not value.is_inference():
+        elif in_eager:
             version = value._version
         store.captured.setdefault(self.alias, []).append((value, version))
-        if not torch.compiler.is_compiling() and store.wanted is not None:
+        if in_eager and store.wanted is not None:
             store.leave_if_complete()
 
 

@@ -47,7 +47,7 @@ class FeatureTap:
             several arguments.
         clone: copy what is captured. Without it an in-place operation behind the module (a
             `ReLU(inplace=True)`, `+=`) changes the capture: an error in eager mode, undetectable
-            in a compiled model.
+            in a compiled model. What `inference_mode` puts out is copied nonetheless.
         calls: how often each alias's module runs in one forward where that is not once; its
             captures are named `alias[0]`, `alias[1]`, ...
         convert: for some aliases, a function that makes a feature map `(B, C, H, W)` of the capture
@@ -86,6 +86,11 @@ class FeatureTap:
         for alias, count in self._by_alias("calls", calls, "count").items():
             require_count(f"calls[{alias!r}]", count)
             self.calls[alias] = count
+            for name in (f"{alias}[{index}]" for index in range(count) if count > 1):
+                if name in self.layers:
+                    raise ValueError(
+                        f"`layers` must hold no name of a capture of {alias!r}, got {name!r}."
+                    )
         self.convert = self._by_alias("convert", convert, "function")
         for alias, function in self.convert.items():
             if not callable(function):
@@ -178,7 +183,8 @@ class FeatureTap:
             for index, (feature, version) in enumerate(found):
                 self._require_intact(alias, feature, version)
                 name = alias if expected == 1 else f"{alias}[{index}]"
-                if alias in self._outputs and not feature.requires_grad:
+                learns = feature.requires_grad or not feature.is_floating_point()
+                if alias in self._outputs and not learns:
                     frozen[name] = self.layers[alias]
                 size = sizes[alias][index]
                 features[name] = converted(self.convert.get(alias), feature, size, alias)

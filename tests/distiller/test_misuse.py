@@ -273,6 +273,25 @@ def test_a_wrong_path_is_an_error_that_says_whose(paths, said):
     raises(ValueError, lambda: Distiller(*models, Seen(), {"c1": paths}), "`layers['c1']`", said)
 
 
+class NormalizesInPlace(Net):
+    def forward(self, images):
+        return super().forward(images.sub_(0.5).div_(0.25))
+
+
+def test_a_student_that_changes_the_teacher_s_images_is_an_error_whose_advice_works():
+    student = NormalizesInPlace(4)
+    said = (
+        "in-place change of those of shape (2, 3, 16, 24)",
+        "take `shared_input`, or a `student_f",
+    )
+    raises(RuntimeError, lambda: build(student, Net(6))(images()), "`student` must leave", *said)
+    batch = images()
+    teacher = Net(6)
+    seen = Inputs(teacher)
+    build(student, teacher, student_forward=lambda model, x: model(x.clone()))(batch)
+    assert torch.equal(seen[0], batch)
+
+
 def test_a_student_under_reentrant_checkpointing_is_an_error_that_says_so():
     distiller = make(student_forward=partial(checkpoint, use_reentrant=True))
     said = "`layers`", "reentrant checkpointing (take `use_reentrant=False`)"

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from featkd import Distiller, FeatureDistillationLoss, FeatureTap
+from featkd import Distiller, FeatureDistillationLoss, FeatureTap, match_layers
 from featkd._preserve import preserved
 from featkd.report.detector_loss import detector_loss
 from featkd.report.report import NO_DETECTOR_LOSS, _norm
@@ -469,6 +469,31 @@ def test_a_report_changes_no_later_step():
         distiller.outcome = distiller(images())
     for ours, expected in zip(reported.outcome, plain.outcome, strict=True):
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("look", ["report", "match_layers"])
+def test_a_step_that_awaits_its_backward_is_not_spoilt(look):
+    distiller, plain = make(), None
+    plain = copy.deepcopy(distiller)
+    for each in (distiller, plain):
+        output, losses = each(images())
+        if each is distiller and look == "report":
+            each.report(images())
+        elif each is distiller:
+            match_layers(each.student, each.teacher, images())
+        sum((output | losses).values()).backward()
+    for ours, expected in zip(distiller.parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            close(ours.grad, expected.grad, 0.0)
+
+
+def test_a_report_of_a_model_whose_layers_are_made_by_its_first_forward():
+    student = nn.Sequential(nn.LazyConv2d(4, 3, 2, 1), nn.LazyBatchNorm2d())
+    loss = FeatureDistillationLoss({"c1": 4}, {"c1": 6})
+    distiller = Distiller(student, nn.Conv2d(3, 6, 3, 2, 1), loss, {"c1": ("1", "")})
+    report = distiller.report(torch.randn(2, 3, 8, 8))
+    assert report.levels[0].student_shape == (2, 4, 4, 4)
+    assert distiller.report(torch.randn(2, 3, 8, 8)).distillation.gradient_norm > 0
 
 
 @pytest.mark.parametrize("part", ["student", "teacher", "distiller", "loss"])

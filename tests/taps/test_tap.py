@@ -145,6 +145,33 @@ def test_a_hook_that_outlives_its_tap_pins_nothing():
     assert not alive
 
 
+def test_under_inference_mode_a_capture_is_a_copy_as_no_change_would_show():
+    model, batch = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)), torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = model[0](batch)
+        with FeatureTap(model, ["0"], clone=False) as tap:
+            model(batch)
+            assert torch.equal(tap.pop()["0"], expected)
+
+
+def test_two_captures_of_one_name_are_an_error():
+    layers = {"c[0]": "backbone.c1", "c": "backbone.c2"}
+    said = "`layers` must hold no name of a capture of 'c', got 'c[0]'."
+    raises(ValueError, lambda: FeatureTap(Net(), layers, calls={"c": 2}), said)
+    FeatureTap(Net(), layers)
+
+
+def test_a_tapped_truth_needs_no_gradient():
+    class Bright(nn.Module):
+        def forward(self, x):
+            return x > 0
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Bright())
+    with FeatureTap(model, ["1"]) as tap:
+        output = model(torch.randn(2, 3, 8, 8))
+        assert torch.equal(tap.pop()["1"], output)
+
+
 def test_a_second_pop_says_that_the_first_had_the_features():
     model = Net()
     tap = FeatureTap(model, {"c1": "backbone.c1"})
