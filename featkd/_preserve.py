@@ -50,7 +50,7 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 
 def _uncompiled() -> AbstractContextManager[None]:
     """One graph takes no more hooks, and its backward frees what a second one needs."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # none in torch 2.4
+    set_stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
     return set_stance("force_eager") if set_stance else nullcontext()
 
 
