@@ -141,5 +141,5 @@ EAGER = {"pyramid": ["--no-compile"], "losses": ["--no-compile"]}
 def test_a_benchmark_runs_on_the_cpu(name, tmp_path):
     options = ["--quick", "--results", str(tmp_path), *EAGER.get(name, [])]
     command = [sys.executable, "-m", f"benchmarks.{name}", *options]
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert json.loads((tmp_path / f"{name}-cpu.json").read_text())["rows"]
