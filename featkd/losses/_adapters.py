@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._numerics import compute_dtype, full_precision
+from ._numerics import cast, full_precision, widened
 
 
 class Conv2d(nn.Conv2d):
@@ -21,10 +21,9 @@ class Conv2d(nn.Conv2d):
         start_as_identity(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = compute_dtype(input, self.weight)
-        bias = None if self.bias is None else self.bias.to(dtype)
         with full_precision(input):
-            input, weight = input.to(dtype), self.weight.to(dtype)
+            input, weight = widened(input, self.weight)
+            bias = self.bias if self.bias is None else cast(self.bias, weight.dtype)
             if torch.compiler.is_compiling() and input.device.type == "cpu":
                 return as_product(input, weight, bias)
             return F.conv2d(input, weight, bias, padding=self.padding)
@@ -51,9 +50,8 @@ class Linear(nn.Linear):
         start_as_identity(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = compute_dtype(input, self.weight)
         with full_precision(input):
-            return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return F.linear(*widened(input, self.weight, self.bias))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -72,11 +70,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         nn.init.zeros_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = compute_dtype(input, self.weight)
-        input, weight, bias = input.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        input, weight, bias = widened(input, self.weight, self.bias)
         if self.training and input.numel() == self.num_features:
             return (input - input) * weight[:, None, None] + bias[:, None, None]
-        mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
+        mean, variance = (cast(x, input.dtype) for x in (self.running_mean, self.running_var))
         result = F.batch_norm(
             input, mean, variance, weight, bias, self.training, self.momentum, self.eps
         )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, product, scaled
-from ._numerics import compute_dtype, dtype_for_few
+from ._blocks import Part, channel_blocks, map_blocks, product, scaled, whole
+from ._numerics import cast, compute_dtype, dtype_for_few
 
 Dims = tuple[int, ...]
 # So many numbers torch adds one by one as exactly as by pairs, to 5e-7 in float32.
@@ -55,8 +55,8 @@ class _Means(torch.autograd.Function):
         dtype = compute_dtype(features)
         over_channels: list[Tensor] = []
         over_positions: list[Tensor] = []
-        for index, block in enumerate(channel_blocks(features)):
-            wide = features[:, block].to(dtype)
+        for index, part in enumerate(channel_blocks(features)):
+            wide = cast(part(features), dtype)
             wide = wide.abs() if absolute else wide
             if OVER_CHANNELS in dims:
                 _add_pairwise(over_channels, wide.sum(OVER_CHANNELS), index)
@@ -75,12 +75,12 @@ class _Means(torch.autograd.Function):
         slopes = {d: grad / _count(features, d) for d, grad in zip(ctx.dims, grads, strict=True)}
         spatial, channel = slopes.get(OVER_CHANNELS), slopes.get(OVER_POSITIONS)
 
-        def factors(block: slice) -> tuple[Tensor, Tensor]:
-            part = features[:, block]
+        def factors(part: Part) -> tuple[Tensor, Tensor]:
+            x = part(features)
             terms = [] if spatial is None else [spatial[:, None]]
-            terms += [] if channel is None else [channel[:, block, None, None]]
+            terms += [] if channel is None else [part(channel[:, :, None, None])]
             slope = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-            return part.sign() if ctx.absolute else torch.ones_like(part), slope
+            return x.sign() if ctx.absolute else torch.ones_like(x), slope
 
         return product(features, factors), None, None
 
@@ -104,13 +104,13 @@ def _count(features: Tensor, dims: Dims) -> int:
     return math.prod(features.shape[d] for d in dims)
 
 
-def _norm(x: Tensor, dims: Dims) -> Tensor:
+def _norm(x: Tensor, dims: Dims, keepdim: bool = False) -> Tensor:
     """The L2 norm over `dims` of a fresh `x`, which it may overwrite."""
     # In other layouts it adds all numbers one by one.
     if _count(x, dims) <= _FEW and x.is_contiguous():
-        result: Tensor = torch.linalg.vector_norm(x, dim=dims)
+        result: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
         return result
-    return x.square_().sum(dims).sqrt()
+    return x.square_().sum(dims, keepdim).sqrt()
 
 
 class _WeightedDistance(torch.autograd.Function):
@@ -123,23 +123,21 @@ class _WeightedDistance(torch.autograd.Function):
         dtype = compute_dtype(a, b, by_position, by_channel)
         weight = None if by_position is None else by_position[:, None]
         even = by_position is None and by_channel is None
-        # No view of the one channel: callers may go on in place.
-        dims = OVER_POSITIONS if b.shape[1] > 1 else (1, 2, 3)
-        found = []
-        for block in channel_blocks(b):
-            difference = a[:, block].to(dtype) - b[:, block]
+
+        def of_channels(part: Part) -> tuple[Tensor]:
+            difference = cast(part(a), dtype) - part(b)
             if even:
-                found.append(_norm(difference, dims))
-                continue
+                return (_norm(difference, OVER_POSITIONS, keepdim=True),)
             square = difference.square_()
             square = square if weight is None else square.mul_(weight)
-            found.append(square.sum(OVER_POSITIONS))
-        each = of_all_channels(found)
+            return (square.sum(OVER_POSITIONS, keepdim=True),)
+
+        (each,) = map_blocks(b, of_channels)
         if even:
-            distance = each if each.dim() == 1 else _norm(each, OVER_CHANNELS)
+            distance = _norm(each, (1, 2, 3))
         else:
-            energy = each if by_channel is None else each * by_channel
-            distance = energy.sum(1).sqrt()
+            energy = each if by_channel is None else each * by_channel[:, :, None, None]
+            distance = energy.sum((1, 2, 3)).sqrt()
         ctx.save_for_backward(a, b, by_position, by_channel, distance)
         return distance
 
@@ -149,19 +147,19 @@ class _WeightedDistance(torch.autograd.Function):
         slope = grad / distance.masked_fill(distance == 0, torch.inf)  # 0 at equality
         weight = None if by_position is None else by_position[:, None]
 
-        def difference(block: slice) -> Tensor:
-            result: Tensor = a[:, block].to(distance.dtype) - b[:, block]
+        def difference(part: Part) -> Tensor:
+            result: Tensor = cast(part(a), distance.dtype) - part(b)
             return result
 
         def gradient(features: Tensor, slope: Tensor) -> Tensor:
-            slopes = slope[:, None].expand(features.shape[:2])
+            slopes = slope[:, None, None, None]
             if by_channel is not None:
-                slopes = slopes * by_channel
+                slopes = slopes * by_channel[:, :, None, None]
 
-            def factors(block: slice) -> tuple[Tensor, Tensor]:
-                part = difference(block)
-                part = part if weight is None else scaled(part, weight)
-                return part, slopes[:, block, None, None]
+            def factors(part: Part) -> tuple[Tensor, Tensor]:
+                rest = difference(part)
+                rest = rest if weight is None else scaled(rest, weight)
+                return rest, slopes if by_channel is None else part(slopes)
 
             return product(features, factors)
 
@@ -169,7 +167,7 @@ class _WeightedDistance(torch.autograd.Function):
         to_b = gradient(b, -slope) if ctx.needs_input_grad[1] else None
         to_position = to_channel = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            square = difference(slice(None)).square() * (slope / 2)[:, None, None, None]
+            square = difference(whole).square() * (slope / 2)[:, None, None, None]
             if ctx.needs_input_grad[2]:
                 weighted = square if by_channel is None else square * by_channel[:, :, None, None]
                 to_position = weighted.sum(1)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._blocks import channel_blocks, less, product, scaled
-from ._closed_forms import OVER_POSITIONS, Dims, of_all_channels
-from ._numerics import compute_dtype
+from ._blocks import Part, less, map_blocks, product, scaled, whole
+from ._closed_forms import OVER_POSITIONS, Dims
+from ._numerics import cast, compute_dtype
 
 
 def correlation_distance(
@@ -36,55 +36,52 @@ class _CorrelationDistance(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, by_position: Tensor | None, by_channel: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(a, b, by_position, by_channel)
-        found = []
-        for block in channel_blocks(b, maps=2):
-            both = torch.stack((a[:, block].to(dtype), b[:, block].to(dtype)))
-            rest, of_both = centred(both, (3, 4), fresh=True)
-            rest = rest.mul_(of_both[1])
+
+        def numbers(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+            both = torch.stack([cast(part(x), dtype) for x in (a, b)])
+            rest, (means, inverses) = centred(both, (3, 4), fresh=True)
+            rest = rest.mul_(inverses)
             square = rest[0].sub_(rest[1]).square_()  # unpacked, no tracer would take it
             if by_position is not None:
                 square = square.mul_(by_position[:, None])
-            energy = square.mean(OVER_POSITIONS, keepdim=True)
-            found.append(torch.cat((*of_both, energy[None])))
-        numbers = of_all_channels(found, 2)
-        ctx.save_for_backward(a, b, by_position, by_channel, numbers)
-        energy = numbers[4, :, :, 0, 0]
+            return means, inverses, square.mean(OVER_POSITIONS, keepdim=True)
+
+        means, inverses, energy = map_blocks(b, numbers, maps=2)
+        ctx.save_for_backward(a, b, by_position, by_channel, means, inverses, energy)
         if by_channel is not None:
-            energy = energy * by_channel
-        return energy.mean(1) / 2
+            energy = energy * by_channel[:, :, None, None]
+        return energy.mean((1, 2, 3)) / 2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, by_position, by_channel, numbers = ctx.saved_tensors
-        *of_both, energy = numbers.unbind()
-        means, inverses = of_both[:2], of_both[2:]
+        a, b, by_position, by_channel, means, inverses, energy = ctx.saved_tensors
         known = by_position is None
         if torch.is_grad_enabled():  # for a second derivative all depends on the features
             known = False
-            sides = (centred(x.to(numbers.dtype), OVER_POSITIONS)[1] for x in (a, b))
+            sides = (centred(cast(x, means.dtype), OVER_POSITIONS)[1] for x in (a, b))
             means, inverses = zip(*sides, strict=True)
-        slope = (grad / math.prod(a.shape[1:]))[:, None]
-        weighted = slope if by_channel is None else slope * by_channel
+        slope = (grad / math.prod(a.shape[1:]))[:, None, None, None]
+        weighted = slope if by_channel is None else slope * by_channel[:, :, None, None]
 
-        def scaled_rest(side: int, block: slice, factor: Tensor) -> Tensor:
+        def scaled_rest(side: int, part: Part, factor: Tensor) -> Tensor:
             mean = means[side]
-            rest: Tensor = (a, b)[side][:, block].to(mean.dtype) - mean[:, block]
-            return scaled(rest, factor[:, block])
+            rest: Tensor = cast(part((a, b)[side]), mean.dtype) - part(mean)
+            return scaled(rest, part(factor))
 
         def gradient(side: int) -> Tensor:
             inverse, other = inverses[side], inverses[1 - side]
-            factor = weighted * inverse.flatten(1)
+            factor = weighted * inverse
             # The correlation is 0 beside a constant.
             scale = inverse * (other.sign() + 1 - energy) / 2 if known else inverse
 
-            def factors(block: slice) -> tuple[Tensor, Tensor]:
-                s, t = scaled_rest(side, block, scale), scaled_rest(1 - side, block, other)
+            def factors(part: Part) -> tuple[Tensor, Tensor]:
+                s, t = scaled_rest(side, part, scale), scaled_rest(1 - side, part, other)
                 if known:
-                    return less(s, t), factor[:, block, None, None]
+                    return less(s, t), part(factor)
                 u = s - t if by_position is None else scaled(s - t, by_position[:, None])
                 along = (u * s).mean(OVER_POSITIONS, keepdim=True)
                 u = less(u, u.mean(OVER_POSITIONS, keepdim=True))
-                return less(u, scaled(s, along)), factor[:, block, None, None]
+                return less(u, scaled(s, along)), part(factor)
 
             return product((a, b)[side], factors)
 
@@ -92,13 +89,13 @@ class _CorrelationDistance(torch.autograd.Function):
         to_b = gradient(1) if ctx.needs_input_grad[1] else None
         to_position = to_channel = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            s, t = (scaled_rest(side, slice(None), inverses[side]) for side in (0, 1))
+            s, t = (scaled_rest(side, whole, inverses[side]) for side in (0, 1))
             square = (s - t).square() / 2
             if ctx.needs_input_grad[2]:
-                to_position = (square * weighted[:, :, None, None]).sum(1)
+                to_position = (square * weighted).sum(1)
             if ctx.needs_input_grad[3]:
                 square = square if by_position is None else square * by_position[:, None]
-                to_channel = square.sum(OVER_POSITIONS) * slope
+                to_channel = (square * slope).sum(OVER_POSITIONS)
         return to_a, to_b, to_position, to_channel
 
 

@@ -15,7 +15,7 @@ from .._checks import (
     require_same_batch,
     require_same_device,
 )
-from ._numerics import compute_dtype, reduced, savable
+from ._numerics import cast, compute_dtype, reduced, savable
 from ._options import Reduction, require_form, require_resize
 from .attention import Maps
 
@@ -105,7 +105,7 @@ def admit(
                 "loss's `resize` (\"bilinear\"), for models that resize images the distiller's "
                 "`shared_input`."
             )
-        wide = student.to(compute_dtype(student))
+        wide = cast(student, compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)
     require_same_device(names[0], student, names[1], teacher)
     require_same_batch(names[0], student, names[1], teacher)

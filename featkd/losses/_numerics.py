@@ -13,8 +13,21 @@ from ._options import Reduction
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among `tensors`, float32 at least."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Not by `to` where nothing is to be done: beside a small map that takes its time."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """`tensors` in the widest dtype among them, float32 at least."""
+    dtype = compute_dtype(*tensors)
+    return [cast(tensor, dtype) for tensor in tensors]
 
 
 def dtype_for_few(tensor: Tensor) -> torch.dtype:

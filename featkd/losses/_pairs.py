@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._blocks import in_forward_mode, map_blocks
+from ._blocks import Part, in_forward_mode, map_blocks
 from ._numerics import dtype_for_few, full_precision
 
 _PAIRS = 1 << 22  # held at a time where no kernel does without their matrix
@@ -141,12 +141,12 @@ def _prefix_sums(theta: Tensor, phi: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
     centre = falling.detach().narrow(1, falling.shape[1] // 2, 1)
     theta, falling = theta - centre, falling - centre
 
-    def sums(block: slice) -> tuple[Tensor, Tensor]:
-        part = g.narrow(1, block.start, block.stop - block.start)
-        keys = part.gather(2, order[:, None].expand_as(part))
+    def sums(part: Part) -> tuple[Tensor, Tensor]:
+        keys = part(g)
+        keys = keys.gather(2, order[:, None].expand_as(keys))
         prefixes = F.pad(keys.cumsum(2), (1, 0))
         moments = F.pad((keys * -falling[:, None]).cumsum(2), (1, 0))
-        index = count[:, None].expand(-1, part.shape[1], -1)
+        index = count[:, None].expand(-1, keys.shape[1], -1)
         step = prefixes.gather(2, index)
         # A NaN or inf in a key that a query does not take is not hidden: 0 * NaN.
         hidden = 0 * (prefixes[..., -1:] + least[..., None])

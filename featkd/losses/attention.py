@@ -16,7 +16,7 @@ from .._checks import (
 )
 from ._blocks import pays, takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, Dims, means
-from ._numerics import compute_dtype, dtype_for_few
+from ._numerics import cast, compute_dtype, dtype_for_few
 from ._options import FUSIONS, Attention, Fusion
 
 Maps = dict[Dims, Tensor]
@@ -32,7 +32,7 @@ def maps_over(features: Tensor, dims: tuple[Dims, ...], absolute: bool = True) -
     """Attention over each of `dims` of checked features: the mean of their absolute values."""
     if takes_closed_form() and pays(features):
         return dict(zip(dims, means(features, dims, absolute), strict=True))
-    wide = features.to(compute_dtype(features))
+    wide = cast(features, compute_dtype(features))
     wide = wide.abs() if absolute else wide
     return {over: wide.mean(over) for over in dims}
 

@@ -17,7 +17,7 @@ from ._adapters import Conv2d
 from ._blocks import takes_closed_form
 from ._closed_forms import OVER_CHANNELS, OVER_POSITIONS, weighted_distance
 from ._level import LevelLoss
-from ._numerics import compute_dtype, reduced, relative_to, root, savable
+from ._numerics import cast, compute_dtype, reduced, relative_to, root, savable
 from ._options import (
     ATTENTIONS,
     FUSIONS,
@@ -98,7 +98,7 @@ def masked_distance(
     if takes_closed_form():
         return weighted_distance(student, teacher, spatial_mask, channel_mask)
     dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
-    square = (student.to(dtype) - teacher).square()
+    square = (cast(student, dtype) - teacher).square()
     if spatial_mask is not None:
         square = square * spatial_mask[:, None]
     if channel_mask is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require_number, require_same_device, require_tensor
-from ._numerics import compute_dtype, full_precision, savable
+from ._numerics import cast, compute_dtype, full_precision, savable, widened
 from ._pairs import attend, rectified_sum
 
 # So many products at most are summed at a time: some processors add them one by one.
@@ -40,7 +40,7 @@ def gaussian_relation(features: Tensor, g: Tensor) -> Tensor:
     """
     _require_relation(features, features, g, query="features", key="features")
     # Here, so that its gradient is rounded once.
-    wide = savable(features).to(compute_dtype(features))
+    wide = cast(savable(features), compute_dtype(features))
     return embedded_gaussian(wide, wide, g)
 
 
@@ -197,8 +197,7 @@ def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
     """Each as `(B, width, positions)`, in the widest dtype."""
-    dtype = compute_dtype(*tensors)
-    return [savable(x).to(dtype).flatten(2) for x in tensors]
+    return [savable(x).flatten(2) for x in widened(*tensors)]
 
 
 def _at_positions(flat: Tensor, like: Tensor) -> Tensor:

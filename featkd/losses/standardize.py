@@ -8,7 +8,7 @@ from .._checks import require_choice, require_feature_map
 from ._blocks import takes_closed_form
 from ._closed_forms import OVER_POSITIONS, Dims
 from ._correlation import centred, correlation_distance
-from ._numerics import compute_dtype
+from ._numerics import cast, compute_dtype
 from ._options import OVER, Over
 
 DIMS: dict[Over, Dims] = {"image": OVER_POSITIONS, "batch": (0, *OVER_POSITIONS)}
@@ -45,7 +45,7 @@ def standardize(features: Tensor, *, over: Over = "image") -> Tensor:
     """
     require_feature_map("features", features)
     require_choice("over", over, OVER)
-    return standardized(features.to(compute_dtype(features)), DIMS[over])
+    return standardized(cast(features, compute_dtype(features)), DIMS[over])
 
 
 def standardized(x: Tensor, dims: Dims) -> Tensor:
@@ -67,7 +67,7 @@ def standardized_distance(
     if takes_closed_form():
         return correlation_distance(student, teacher, spatial_mask, channel_mask)
     dtype = compute_dtype(student, teacher, spatial_mask, channel_mask)
-    s, t = (standardized(x.to(dtype), OVER_POSITIONS) for x in (student, teacher))
+    s, t = (standardized(cast(x, dtype), OVER_POSITIONS) for x in (student, teacher))
     square = (s - t).square()
     if spatial_mask is not None:
         square = square * spatial_mask[:, None]
