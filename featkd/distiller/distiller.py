@@ -18,7 +18,7 @@ from ..report.levels import Step
 from ..report.report import Report, log_first_step, log_modes, make_report
 from ..taps.layouts import Convert, converts_by_side
 from ..taps.paths import pair_of, require_in_both, require_module
-from ..taps.tap import FeatureTap
+from ..taps.tap import FeatureTap, capture_names
 from .call import called
 from .models import (
     require_as_given,
@@ -139,9 +139,9 @@ class Distiller(nn.Module):
         )
         # Of each level that the loss gets.
         self._paths = {
-            level if count == 1 else f"{level}[{index}]": pairs[level]
+            name: pairs[level]
             for level, count in self._student_tap.calls.items()
-            for index in range(count)
+            for name in capture_names(level, count)
         }
         if isinstance(loss, FeatureDistillationLoss):
             found, levels = list(self._paths), list(loss.levels)

@@ -86,8 +86,8 @@ class FeatureTap:
         for alias, count in self._by_alias("calls", calls, "count").items():
             require_count(f"calls[{alias!r}]", count)
             self.calls[alias] = count
-            for name in (f"{alias}[{index}]" for index in range(count) if count > 1):
-                if name in self.layers:
+            for name in capture_names(alias, count):
+                if name != alias and name in self.layers:
                     raise ValueError(
                         f"`layers` must hold no name of a capture of {alias!r}, got {name!r}."
                     )
@@ -180,13 +180,12 @@ class FeatureTap:
             found = captured.get(alias, [])
             if len(found) != expected:
                 raise RuntimeError(self._miscount(alias, expected, len(found), popped))
-            for index, (feature, version) in enumerate(found):
+            names = capture_names(alias, expected)
+            for name, size, (feature, version) in zip(names, sizes[alias], found, strict=True):
                 self._require_intact(alias, feature, version)
-                name = alias if expected == 1 else f"{alias}[{index}]"
                 learns = feature.requires_grad or not feature.is_floating_point()
                 if alias in self._outputs and not learns:
                     frozen[name] = self.layers[alias]
-                size = sizes[alias][index]
                 features[name] = converted(self.convert.get(alias), feature, size, alias)
         if frozen and grad_enabled and torch.is_grad_enabled():
             self._require_frozen_as_a_whole(frozen)
@@ -241,6 +240,11 @@ class FeatureTap:
                 "`inference_mode` or reentrant checkpointing (take `use_reentrant=False`); call a "
                 "teacher under `torch.no_grad()`."
             )
+
+
+def capture_names(alias: str, count: int) -> list[str]:
+    """What the captures of a module are called that runs so often in a forward."""
+    return [alias] if count == 1 else [f"{alias}[{index}]" for index in range(count)]
 
 
 def _rebuild(
