@@ -19,8 +19,13 @@ from benchmarks.study.tables import (
 )
 
 Tuned = dict[tuple[str, str], dict[str, Any]]
-# The plots of the tables that compare the methods.
-GAINS = {"main": "gains.png", "sparse": "gains_sparse.png", "pictures": "gains_pictures.png"}
+# The tables that compare the methods: their plots, and their panels of the overview, each the mean
+# of three detectors.
+COMPARED = {
+    "main": ("gains.png", "dense scenes, others tuned for each detector"),
+    "sparse": ("gains_sparse.png", "sparse scenes, one setting each"),
+    "pictures": ("gains_pictures.png", "photographs, one setting each"),
+}
 # Of a single detector: what is first is compared with the others.
 ONE_DETECTOR = {
     "sensitivity",
@@ -34,12 +39,6 @@ ONE_DETECTOR = {
 # featkd's settings on every detector, each beside the plain student.
 SETTINGS = {"mask", "true_boxes", "units", "picture_weights", "by_gradient"}
 AT_FPN = ", taps fpn"
-# Of the overview, each the mean of three detectors.
-PANELS = {
-    "main": "dense scenes, others tuned for each detector",
-    "sparse": "sparse scenes, one setting each",
-    "pictures": "photographs, one setting each",
-}
 
 
 def write(file: Path) -> None:
@@ -67,19 +66,19 @@ def write(file: Path) -> None:
             parts += ["Masks:", report([as_mask_line(line) for line in found])]
         if name in SETTINGS:
             parts.append(gains_table(*contestants(found, {})))
-        if name in GAINS:
+        if name in COMPARED:
+            plot, panel = COMPARED[name]
             tuned = best(lines_of(tap_runs(lines), lines)) if name == "main" else {}
             rivals = contestants(found, tuned)
-            plot = file.with_name(GAINS[name])
             parts += [
                 "AP points over the plain student, same seeds:",
                 gains_table(*rivals),
                 "AP points of featkd less those of the others, same seeds:",
                 comparison(*rivals),
             ]
-            gains_plot(*rivals, plot)
-            panels[PANELS[name]] = bars_of(rivals)
-            parts.append(f"![paired gains]({plot.name})")
+            gains_plot(*rivals, file.with_name(plot))
+            panels[panel] = bars_of(rivals)
+            parts.append(f"![paired gains]({plot})")
         if name == "teachers":
             teachers_plot(found, file.with_name("teachers.png"))
             parts.append("![student over teacher](teachers.png)")
@@ -90,7 +89,7 @@ def write(file: Path) -> None:
             chosen = best(found).items()
             items = [f"- {detector}, {method}: {values}" for (detector, method), values in chosen]
             parts.append("\n".join(["Best by mean AP:\n", *items]))
-    if len(panels) == len(PANELS):
+    if len(panels) == len(COMPARED):
         overview_plot(panels, file.with_name("overview.png"))
     document = file.with_name("tables.md")
     document.write_text("\n\n".join(parts) + "\n")

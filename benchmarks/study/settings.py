@@ -77,7 +77,6 @@ def with_mask(temperature: float, part: str = "spatial") -> dict[str, Any]:
 
 
 MASKS = [STANDARDIZED | FPN, *map(with_mask, (2.0, 4.0, 8.0, 16.0))]
-PRESETS_AT_STAGES = [settings_of(NORMALIZED), settings_of(featkd.ONE_STAGE)]
 ABLATION = [
     with_terms(TWO_STAGE, *names) | FPN
     for count in (1, 2, 3)
@@ -182,7 +181,8 @@ UNTUNED = [
     STANDARDIZED | FPN,
     STANDARDIZED,
     FPN_OUTPUTS,
-    *PRESETS_AT_STAGES,
+    settings_of(NORMALIZED),
+    settings_of(featkd.ONE_STAGE),
     with_mask(8.0),
     RELEASED_ONE_STAGE,
 ]

@@ -28,4 +28,9 @@ def test_a_setting_at_both_taps_is_in_the_overview_with_all_its_seeds() -> None:
     found = document.lines_of(document.TABLES["sparse"](lines), lines)
     panel = document.bars_of(document.contestants(found, {}))
     assert panel["featkd, STANDARDIZED"].n == panel["pkd"].n == 5
-    assert panel["featkd, STANDARDIZED"].mean > panel["featkd, STANDARDIZED, stages"].mean
+
+
+def test_the_taps_are_told_of_a_setting_that_has_both() -> None:
+    methods = ["featkd", "featkd, taps fpn", "pkd, taps fpn", "overhaul"]
+    bars = [document.bar_of(method, methods) for method in methods]
+    assert bars == ["featkd, stages", "featkd", "pkd", "overhaul"]

@@ -22,12 +22,11 @@ from benchmarks.study.runs import Teacher, teacher_of
 from benchmarks.study.settings import (
     ATTENTION,
     CANDIDATES,
-    FPN_OUTPUTS,
     NEAR_BOXES,
     PRESETS,
-    PRESETS_AT_STAGES,
     RELATIONS,
     SENSITIVITY,
+    UNTUNED,
     settings_of,
 )
 from benchmarks.study.tests.samples import PLAIN, line_of
@@ -73,7 +72,7 @@ def test_the_main_table_wants_the_tables_before_it_and_takes_the_best_of_them() 
     # The recommended preset is in Faster R-CNN's rows twice, at both taps.
     assert len(runs) == (15 + 14 + 14) * 5
     ours = [run.hyperparameters for run in runs if run.method == "featkd"]
-    for everywhere in (FPN_OUTPUTS, *PRESETS_AT_STAGES):
+    for everywhere in UNTUNED:
         assert ours.count(everywhere) >= 3 * 5
     others = {run.method: run.hyperparameters for run in runs if run.detector == "faster_rcnn"}
     assert others["pkd"] == {"weight": 4.0, "taps": "fpn"}
