@@ -134,3 +134,18 @@ def test_standardized_features_have_mean_0_and_mean_square_1(pair):
         close(features.mean(dims), torch.zeros(features.mean(dims).shape))
         square = features.square().mean(dims)
         close(square, (square > 0.5).double())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_far_from_0_loses_what_a_mean_in_float32_loses(masked):
+    pair = [(normal(2, 3, 8, 9, seed=seed) + 1000.3).float() for seed in (0, 1)]
+    mask = normal(2, 8, 9, seed=2).exp().float() if masked else None
+
+    def gradient(*pair):
+        student, teacher = pair[0].requires_grad_(), pair[1]
+        attention_masked_loss(student, teacher, spatial_mask=mask, standardize=True).backward()
+        return student.grad.double()
+
+    exact = gradient(*(x.double() for x in pair))
+    error = (gradient(*pair) - exact).abs().max() / exact.abs().max()
+    assert error < 2e-5  # a mean of 1000 is known to 3e-5
