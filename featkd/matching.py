@@ -99,8 +99,9 @@ class LayerMatch:
                 raise TypeError(f"`levels` must be strings, each an argument, got {kind}.")
             if level not in found:
                 no_fpn = level[:1] == "p" and not any(name[0] == "p" for name in found)
-                hint = ": no outputs of FPNs are paired, take stages" if no_fpn else ""
-                raise ValueError(f"`levels` must be among {list(found)}, got {level!r}{hint}.")
+                hint = " No outputs of FPNs are paired: take stages." if no_fpn else ""
+                hint = hint if found else f" {self._without_pairs()}"
+                raise ValueError(f"`levels` must be among {list(found)}, got {level!r}.{hint}")
         if not levels or len(set(levels)) < len(levels):
             raise ValueError(f"`levels` must be at least one, each once, got {list(levels)}.")
         pairs = {level: found.pop(level) for level in levels}
@@ -119,7 +120,7 @@ class LayerMatch:
         return (
             f"No layers of one stride: the student's stages have {found[0]}, the teacher's "
             f"{found[1]}. Where a model resizes its images, match the parts behind that, such as "
-            "`teacher.backbone`."
+            "`teacher.backbone`, and write their paths in front of the layers'."
         )
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """match_layers: stages of two models paired by stride, and one training step on what it found."""
 
+import dataclasses
 import re
 from contextlib import nullcontext
 
@@ -589,7 +590,12 @@ def test_select_keeps_the_named_levels():
     assert match.select("c2").student == match.student
     with pytest.raises(ValueError, match=r"`levels` must be among \['c1', 'c2'\], got 'c9'"):
         match.select("c9")
-    with pytest.raises(ValueError, match=r"got 'p3': no outputs of FPNs are paired, take stages"):
+    nothing = dataclasses.replace(match, pairs={})
+    with pytest.raises(
+        ValueError, match=r"among \[\], got 'c1'\. No layers of one stride: .*resizes"
+    ):
+        nothing.select("c1")
+    with pytest.raises(ValueError, match=r"got 'p3'\. No outputs of FPNs are paired: take stages"):
         match.select("p3")
     with pytest.raises(TypeError, match=r"`levels` must be strings, each an argument, got int\."):
         match.select(2)

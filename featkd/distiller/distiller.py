@@ -21,11 +21,11 @@ from ..taps.paths import pair_of, require_in_both, require_module
 from ..taps.tap import FeatureTap, capture_names
 from .call import called
 from .models import (
+    images_in,
     require_as_given,
     require_gradients,
     require_no_shared_weights,
     require_synchronised,
-    versions_of_images,
 )
 from .normalization import require_one_normalization
 from .shared_input import SharedInput
@@ -167,9 +167,16 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would take a new teacher for a child, and go on with the old one.
-        if name == "teacher":
-            raise AttributeError("`teacher` must stay: make a new Distiller for another one.")
+        # The taps would stay on the old one, and an optimizer would go on with its parameters.
+        # DataParallel's replicas have others, and say themselves what is wrong with them.
+        if name in ("student", "teacher", "loss") and not hasattr(self, "_is_replica"):
+            held = self._modules.get(name)
+            wraps = isinstance(value, nn.Module) and any(held in (m, None) for m in value.modules())
+            if name == "teacher" or not wraps:
+                raise AttributeError(
+                    f"`{name}` must stay: make a new Distiller for another one, and an optimizer "
+                    "of its parameters."
+                )
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
@@ -230,10 +237,10 @@ class Distiller(nn.Module):
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         input_tap = nullcontext() if self._shared is None else self._shared.tap
-        images = versions_of_images((args, kwargs)) if self._shared is None else []
+        images = images_in((args, kwargs)) if self._shared is None else {}
         with self._student_tap, input_tap:
             output = called(self.student_forward, self.student, *args, **kwargs)
-        require_as_given(images)
+        require_as_given((args, kwargs), images)
         shared = None if self._shared is None else self._shared.pop()
         ours = self._student_tap.pop()
         require_gradients(ours)

@@ -47,22 +47,25 @@ def _identity(value: Tensor) -> int:
     return (plain and value.data_ptr()) or id(value)
 
 
-def versions_of_images(arguments: Any) -> list[tuple[Tensor, int]]:
-    """Of what a student may normalise in place, before it does; none where it cannot be asked."""
+def images_in(arguments: Any) -> dict[int, tuple[Tensor, int]]:
+    """What a student may normalise, with its version; none where it cannot be asked."""
     if torch.compiler.is_compiling():
-        return []
+        return {}
     images = [value for _, value in tensors_in(arguments) if value.dim() >= 3]
-    return [(x, x._version) for x in images if x.is_floating_point() and not x.is_inference()]
+    known = (x for x in images if x.is_floating_point() and not x.is_inference())
+    return {id(x): (x, x._version) for x in known}
 
 
-def require_as_given(images: list[tuple[Tensor, int]]) -> None:
+def require_as_given(arguments: Any, images: dict[int, tuple[Tensor, int]]) -> None:
     """The student has left the images as they were, for the teacher."""
-    for image, version in images:
-        if image._version != version:
+    left = images_in(arguments)
+    for key, (image, version) in images.items():
+        if key not in left or image._version != version:
+            change = "an in-place change of" if key in left else "others in place of"
             raise RuntimeError(
-                "`student` must leave its images as they are, got an in-place change of those of "
-                f"shape {tuple(image.shape)}, which the teacher gets too: take `shared_input`, or "
-                "a `student_forward` that calls the student with a copy."
+                f"`student` must leave its images as they are, got {change} those of shape "
+                f"{tuple(image.shape)}, and the teacher gets the same: take `shared_input`, or a "
+                "`student_forward` that calls the student with a copy."
             )
 
 
@@ -73,5 +76,6 @@ def require_gradients(features: Mapping[str, Tensor]) -> None:
         raise RuntimeError(
             f"`layers` must carry a gradient each, got frozen parts of the student at {frozen}: "
             "unfreeze them, or leave these levels out of `layers` and `loss`; or they ran under "
-            "`no_grad`, `inference_mode` or reentrant checkpointing (take `use_reentrant=False`)."
+            "`no_grad`, `inference_mode` or reentrant checkpointing (take `use_reentrant=False`), "
+            "or `convert` detaches them."
         )

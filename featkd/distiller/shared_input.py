@@ -50,6 +50,12 @@ class SharedInput:
         self.teacher_alone = convert is None and own is None and theirs is not None
 
     def pop(self) -> Tensor:
+        runs = len(self.tap._store.captured.get(NAME, []))
+        if runs > 1:
+            raise RuntimeError(
+                f"`shared_input` must name a part that runs once in a forward, got {runs} runs of "
+                f"{self.tap.layers[NAME]!r}: leave it out where neither model resizes its images."
+            )
         return self.tap.pop()[NAME]
 
     def notes(self, shared: Tensor) -> tuple[str, ...]:

@@ -101,9 +101,9 @@ def admit(
         if resize is None:
             raise ValueError(
                 f"`{names[0]}` must have the height and width of `{names[1]}` "
-                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: for other strides take the "
-                "loss's `resize` (\"bilinear\"), for models that resize images the distiller's "
-                "`shared_input`."
+                f"{tuple(teacher.shape)}, got {tuple(student.shape)}: take layers of one "
+                'stride, or the loss\'s `resize` ("bilinear"); for models that resize images the '
+                "distiller's `shared_input`."
             )
         wide = cast(student, compute_dtype(student))
         student = F.interpolate(wide, teacher.shape[2:], mode=resize)

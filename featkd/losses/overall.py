@@ -173,7 +173,7 @@ class FeatureDistillationLoss(nn.Module):
                 raise ValueError(
                     "`hyperparameters` must differ from those that the loss was built with in "
                     f"weights above 0 alone, got {name}={found!r} in place of {built!r}: build "
-                    "another loss."
+                    "another loss, and a distiller and an optimizer with its adapters."
                 )
         self._hyperparameters = hyperparameters
 

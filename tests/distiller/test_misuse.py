@@ -292,16 +292,72 @@ def test_a_student_that_changes_the_teacher_s_images_is_an_error_whose_advice_wo
     assert torch.equal(seen[0], batch)
 
 
+class NormalizesTheList(Net):
+    def forward(self, images):
+        for index, image in enumerate(images):
+            images[index] = (image - 0.5) / 0.25
+        return super().forward(torch.stack(images))
+
+
+class OfAList(Net):
+    def forward(self, images):
+        return super().forward(torch.stack(images))
+
+
+def test_a_student_that_puts_other_images_into_the_teacher_s_list_is_an_error_whose_advice_works():
+    student, teacher = NormalizesTheList(4), OfAList(6)
+    said = "others in place of those of shape (3, 16, 24)", "a `student_forward` that calls"
+    raises(RuntimeError, lambda: build(student, teacher)([*images()]), *said)
+    seen = Inputs(teacher.backbone)
+    batch = [*images()]
+    build(student, teacher, student_forward=lambda model, x: model([*x]))(batch)
+    assert torch.equal(seen[0], torch.stack(batch))
+
+
+def test_a_part_that_runs_twice_is_no_shared_input():
+    def twice(model, x):
+        model.backbone(x)
+        return model(x)
+
+    distiller = make(student_forward=twice, shared_input="backbone")
+    raises(RuntimeError, lambda: distiller(images()), "`shared_input`", "got 2 runs of 'backbone")
+
+
+def test_features_that_convert_detaches_are_an_error_that_says_so():
+    distiller = make(convert=dict.fromkeys(LEVELS, torch.detach))
+    raises(RuntimeError, lambda: distiller(images()), "or `convert` detaches them")
+
+
 def test_a_student_under_reentrant_checkpointing_is_an_error_that_says_so():
     distiller = make(student_forward=partial(checkpoint, use_reentrant=True))
     said = "`layers`", "reentrant checkpointing (take `use_reentrant=False`)"
     raises(RuntimeError, lambda: distiller(images().requires_grad_()), *said)
 
 
-def test_another_teacher_wants_another_distiller():
+@pytest.mark.parametrize("name", ["student", "teacher", "loss"])
+def test_another_model_or_loss_wants_another_distiller(name):
     distiller = make()
-    with pytest.raises(AttributeError, match="make a new Distiller"):
-        distiller.teacher = make().teacher
+    kept = getattr(distiller, name)
+    with pytest.raises(AttributeError, match=f"`{name}` must stay: make a new Distiller"):
+        setattr(distiller, name, getattr(make(), name))
+    with pytest.raises(AttributeError, match=f"`{name}` must stay"):
+        setattr(distiller, name, None)
+    assert getattr(distiller, name) is kept
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def test_a_wrapper_of_the_student_or_the_loss_may_take_its_place():
+    distiller = make()
+    distiller.student, distiller.loss = Wrapped(distiller.student), Wrapped(distiller.loss)
+    assert distiller(images())[1]
 
 
 def sharing(**parts):

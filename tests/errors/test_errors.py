@@ -71,8 +71,8 @@ RELATION = partial(featkd.NonLocalRelation, kind="gaussian")
 NON_LOCAL = partial(featkd.NonLocalLoss, kind="gaussian")
 CONVERT = partial(converts_by_side, levels=["c1"])
 OTHER_SIZE = (
-    'got (2, 3, 8, 8): for other strides take the loss\'s `resize` ("bilinear"), for models that '
-    "resize images the distiller's `shared_input`."
+    'got (2, 3, 8, 8): take layers of one stride, or the loss\'s `resize` ("bilinear"); for models '
+    "that resize images the distiller's `shared_input`."
 )
 
 
@@ -117,6 +117,10 @@ TEXTS = {
     "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5): "
     "`featkd.AttentionMaskedLoss` has an adapter, and `resize`.": (
         lambda: f.attention_masked_loss(MAP, OTHER_CHANNELS)
+    ),
+    "`student` must have the shape of `teacher` (2, 3, 4, 5), got (2, 4, 5, 3): of channels that "
+    "come last `featkd.from_channels_last` makes a map.": (
+        lambda: f.attention_masked_loss(MAP.permute(0, 2, 3, 1), MAP)
     ),
     "`student` must have the shape of `teacher` (2, 7, 4, 5), got (2, 3, 4, 5): "
     "`featkd.AttentionTransferLoss` has an adapter, and `resize`.": (
