@@ -66,7 +66,8 @@ def attention_masked_loss(
 
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: the shapes or devices do not fit, or `reduction` is unknown.
+        ValueError: the shapes or devices do not fit, or `reduction` is unknown, or a norm or square
+            with `standardize`.
 
     Reference: Zhang & Ma (ICLR 2021), section 3.1, eq. (2).
 

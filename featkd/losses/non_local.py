@@ -49,7 +49,8 @@ def non_local_loss(
 
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: the shapes or devices differ, or `reduction` is unknown.
+        ValueError: the shapes or devices differ, or `reduction` is unknown, or a norm or square
+            with `standardize`.
 
     Reference: Zhang & Ma (ICLR 2021), section 3.2.
 

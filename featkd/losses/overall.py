@@ -61,7 +61,8 @@ class FeatureDistillationLoss(nn.Module):
     Raises:
         TypeError: a mapping stands where a tensor belongs or the other way round, or a tensor is
             not floating-point.
-        ValueError: levels, channels or shapes do not fit.
+        ValueError: levels, channels or shapes do not fit, or `normalize` stands beside
+            hyperparameters that standardise.
 
     Reference: Zhang & Ma (ICLR 2021), section 3.3.
 

@@ -62,7 +62,8 @@ def attention_transfer_loss(
 
     Raises:
         TypeError: features are no floating-point tensors, or an adapter is not callable.
-        ValueError: the shapes or devices do not fit, or `reduction` is unknown.
+        ValueError: the shapes or devices do not fit, or `reduction` is unknown, or a norm or square
+            with `standardize`.
 
     Reference: Zhang & Ma (ICLR 2021), section 3.1, eq. (1); adapters: appendix B.
 
