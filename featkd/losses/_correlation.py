@@ -95,7 +95,7 @@ class _CorrelationDistance(torch.autograd.Function):
                 to_position = (square * weighted).sum(1)
             if ctx.needs_input_grad[3]:
                 square = square if by_position is None else square * by_position[:, None]
-                to_channel = (square * slope).sum(OVER_POSITIONS)
+                to_channel = square.sum(OVER_POSITIONS) * slope[:, :, 0, 0]
         return to_a, to_b, to_position, to_channel
 
 

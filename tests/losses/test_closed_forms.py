@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from featkd.losses import _closed_forms, _correlation
-from tests.helpers.tensors import close, leaves, normal
+from tests.helpers.tensors import LargestTensor, close, leaves, normal
 
 DISTANCES = [_closed_forms.weighted_distance, _correlation.correlation_distance]
 each_distance = pytest.mark.parametrize("distance", DISTANCES)
@@ -43,6 +43,15 @@ def test_no_gradient_is_worked_out_for_a_side_that_needs_none(distance, side, mo
 def test_a_channel_mask_alone_has_its_gradient(distance):
     a, b, mask = leaves([*(normal(2, 3, 4, 5, seed=s) for s in (0, 1)), normal(2, 3).exp()])
     assert torch.autograd.gradcheck(lambda *x: distance(x[0], x[1], None, x[2]), (a, b, mask))
+
+
+def test_gradients_of_a_channel_mask_in_a_batch_make_no_map_for_each():
+    a, b = (normal(2, 3, 4, 5, seed=s) for s in (0, 1))
+    mask = normal(2, 3).exp().requires_grad_()
+    values = _correlation.correlation_distance(a, b, None, mask)
+    with LargestTensor() as largest:
+        torch.autograd.grad(values, mask, torch.eye(2).double().repeat(8, 1), is_grads_batched=True)
+    assert largest.elements == a.numel()
 
 
 @each_distance
