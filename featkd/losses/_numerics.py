@@ -21,7 +21,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Not by `to` where nothing is to be done: beside a small map that takes its time."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    # An exported program may be given other dtypes, or run under autocast.
+    idle = tensor.dtype == dtype and not torch.compiler.is_compiling()
+    return tensor if idle else tensor.to(dtype)
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:

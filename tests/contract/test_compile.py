@@ -165,6 +165,29 @@ def test_autocast_changes_nothing_of_an_exported_loss():
     close(value, module(*features), 1e-6)
 
 
+class OfTheModel(torch.nn.Module):
+    """A function of what a model puts out, as it would be exported with it."""
+
+    def forward(self, features):
+        return featkd.standardize(torch.nn.functional.silu(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_exported_function_refuses_narrow_features_or_computes_in_float32(dtype):
+    """Which of the two is torch's choice; a narrow result is neither."""
+    features = 300 * normal(1, 3, 8, 8, dtype=torch.float32)
+    exported = torch.export.export(OfTheModel(), (features,)).module()
+    expected = OfTheModel()(features.to(dtype))
+    said, value = "", expected
+    try:
+        value = exported(features.to(dtype))
+    except RuntimeError as error:
+        said = str(error)
+    assert "dtype mismatch" in said or value is not expected
+    assert value.dtype == torch.float32
+    close(value, expected, 1e-5)
+
+
 @exports_no_autocast
 def test_an_exported_softmax_relation_takes_any_number_of_pairs():
     module = featkd.NonLocalRelation(4, kind="embedded_gaussian")
