@@ -115,9 +115,10 @@ def require_feature_pair(
     require_same_device(names[0], student, names[1], teacher)
     if same_channels:
         advice = f": `featkd.{module}` has an adapter, and `resize`" if module else ""
-        for x, other in ((student, teacher), (teacher, student)):
-            if tuple(x.movedim(-1, 1).shape) == tuple(other.shape) != tuple(x.shape):
-                advice = ": of channels that come last `featkd.from_channels_last` makes a map"
+        if student.shape != teacher.shape:
+            for x, other in ((student, teacher), (teacher, student)):
+                if x.movedim(-1, 1).shape == other.shape:
+                    advice = ": of channels that come last `featkd.from_channels_last` makes a map"
         rule = f"the shape of `{names[1]}`"
         require_shape(names[0], student, tuple(teacher.shape), rule, advice)
     else:
